@@ -125,7 +125,8 @@ class Policy:
         else:
             self.model = model.requires_grad_(True)
         self.model.eval()
-        if not self.trainable():
+        self._names = tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
+        if not self._names:
             raise ModelError(f"no trainable parameter (does {adapter} match any module of the model?)")
         self._theta0 = self.snapshot()
         self._reference_sums: dict[str, float] = {}
@@ -133,11 +134,12 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(iter(self.trainable().values())).device
+        return next(self.model.parameters()).device
 
     def trainable(self) -> Params:
         """The trainable parameters theta by name (the live tensors, not copies)."""
-        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in self._names}
 
     def snapshot(self) -> Params:
         """Copy of the trainable parameters, on the CPU."""
