@@ -1,0 +1,130 @@
+"""Progress that people can read: bars on a terminal, plain lines elsewhere, and the time of every phase."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from tqdm import tqdm
+
+
+class Advance(Protocol):
+    """Anything that can be told how far the work has got."""
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count ``n`` more items done; ``note`` is shown beside the bar."""
+        ...
+
+
+class Quiet:
+    """Counts nothing and prints nothing."""
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Do nothing."""
+
+
+class _Bar:
+    """A tqdm bar on a terminal."""
+
+    def __init__(self, name: str, total: int | None, unit: str, stream: TextIO) -> None:
+        self._bar = tqdm(total=total, desc=f"{name:<24}", unit=unit, file=stream, dynamic_ncols=True, leave=True)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    """At most one plain line every few seconds, with the time left."""
+
+    every_s = 10.0
+
+    def __init__(self, name: str, total: int | None, unit: str, stream: TextIO) -> None:
+        self._name, self._total, self._unit, self._stream = name, total, unit, stream
+        self._done, self._start, self._printed = 0, time.monotonic(), time.monotonic()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._done += n
+        now = time.monotonic()
+        if now - self._printed < self.every_s:
+            return
+        self._printed = now
+        of = f"/{self._total}" if self._total else ""
+        left = (now - self._start) / self._done * (self._total - self._done) if self._total and self._done else None
+        eta = "" if left is None else f", about {left:.0f} s left"
+        print(f"  {self._name}: {self._done}{of} {self._unit}{eta} {note}".rstrip(), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        seconds = time.monotonic() - self._start
+        print(f"  {self._name}: done in {seconds:.1f} s", file=self._stream, flush=True)
+
+
+class Console:
+    """Shows phases and keeps their wall time.
+
+    Args:
+        stream: where to print; standard error by default.
+        quiet: print nothing (times are still kept).
+
+    Attributes:
+        seconds: wall seconds by phase name, summed over repeats, in the order phases began.
+    """
+
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._quiet = quiet
+        self.seconds: dict[str, float] = {}
+        self._depth = 0
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None, unit: str = "items") -> Iterator[Advance]:
+        """Time and show one phase.
+
+        Args:
+            name: phase name; nested phases are shown but only the outermost is timed.
+            total: items to do, if known.
+            unit: what an item is.
+
+        Yields:
+            The object to advance.
+        """
+        self._depth += 1
+        start = time.monotonic()
+        shown = None
+        if not self._quiet:
+            shown = (_Bar if self._stream.isatty() else _Lines)(name, total, unit, self._stream)
+        try:
+            yield shown or Quiet()
+        finally:
+            self._depth -= 1
+            if shown:
+                shown.close()
+            if self._depth == 0:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    def say(self, text: str = "") -> None:
+        """Print one line.
+
+        Args:
+            text: the line.
+        """
+        if not self._quiet:
+            print(text, file=self._stream, flush=True)
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Returns:
+        Bytes.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
