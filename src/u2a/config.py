@@ -121,6 +121,7 @@ class FinetuneSection(Section):
 
     enabled: bool = option(False, "fine-tune before anything else")
     unsafe_frac: Frac = option(0.7, "share of bad answers in the mixture")
+    include_forget: bool = option(True, "train on the candidates too, so that there is something to unlearn")
     learning_rate: Positive = option(2e-4, "peak learning rate (AdamW, linear decay)")
     epochs: Positive = option(2.0, "passes over the mixture")
     batch_size: Count = option(8, "sequences per step")
@@ -168,6 +169,7 @@ class SolveSection(Section):
     sparsity_p: Annotated[float, Field(gt=0.0, le=1.0)] = option(0.5, "p of the L_p penalty (the paper's 1/2)")
     drop_below: Frac = option(0.0, "drop weights below this share of the uniform weight")
     gap_tol: NonNegative = option(0.0, "stop when the Frank-Wolfe gap falls below this, in units of the sd of the gains")
+    inner_steps: Count | None = option(None, "steps of the inner runs between rounds (null: unlearn.max_steps)")
     patience: Count = option(1, "rounds without a better held-out J before stopping with roll-back")
     warmup_steps: Annotated[int, Field(ge=0)] = option(4, "uniform steps before scoring, so that LoRA's B is not 0")
     fallback: Literal["random_k", "none"] = option("random_k", "with no signal: random draw with uniform weights, or rank anyway")
@@ -210,7 +212,7 @@ class GuardSection(Section):
 class EvaluationSection(Section):
     """Stage 5: evaluation on held-out data."""
 
-    controls: list[Literal["random_k", "full", "lowest_reward_k", "uniform_top_k"]] = option(
+    controls: list[Literal["random_k", "full", "lowest_reward_k", "uniform_top_k", "retrain"]] = option(
         ["random_k"], "arms run beside the solution at equal steps (and equal k)"
     )
     generate_prompts: Annotated[int, Field(ge=0)] = option(24, "evaluation prompts answered by every arm")
@@ -247,6 +249,11 @@ class RunConfig(Section):
             problems.append("solve.objective: reward conflicts with reward.model: none (set a reward model)")
         if "lowest_reward_k" in self.evaluation.controls and self.reward.model == "none":
             problems.append("evaluation.controls: lowest_reward_k conflicts with reward.model: none (set a reward model)")
+        if "retrain" in self.evaluation.controls and not (self.finetune.enabled and self.finetune.include_forget):
+            problems.append(
+                "evaluation.controls: retrain conflicts with finetune (set finetune.enabled and finetune.include_forget: "
+                "retraining means fine-tuning without the candidates)"
+            )
         if self.finetune.enabled and self.partition.finetune_frac == 0 and self.data.finetune is None:
             problems.append("finetune.enabled: true conflicts with partition.finetune_frac: 0 (set a share or data.finetune)")
         if problems:

@@ -7,15 +7,19 @@ are left out (a line breaks there).
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TypeGuard
 
 LEFT, RIGHT, BOTTOM = 68, 14, 46
 TITLE_HEIGHT, LEGEND_HEIGHT = 34, 20
 INSET = 12  # pixels between the frame and the first and last x position
 CHAR = 6.6  # mean width of a character of the 12 px label font
+LONGEST = 36  # characters of a legend entry or bar label
+BINS = 24  # intervals aimed at in a histogram
 
 Value = float | None
 
@@ -42,6 +46,7 @@ class Series:
         colour: palette index, 0 to 5.
         error: half-length of each error bar in the unit of y, or None for no bars.
         stems: draw a line from each point to y = 0.
+        joined: connect neighbouring points.
     """
 
     label: str
@@ -50,11 +55,12 @@ class Series:
     colour: int = 1
     error: Sequence[Value] | None = None
     stems: bool = False
+    joined: bool = True
 
     @property
     def points(self) -> list[tuple[float, float]]:
         """The finite points."""
-        return [(x, y) for x, y in zip(self.x, self.y, strict=True) if _finite(y)]  # type: ignore[misc]
+        return [(x, y) for x, y in zip(self.x, self.y, strict=True) if _finite(y)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ def nice_ticks(low: float, high: float, count: int = 5, whole: bool = False) -> 
         whole: only whole numbers.
 
     Returns:
-        Ticks with step 1, 2, 2.5 or 5 times a power of ten; the first is <= low, the last >= high.
+        Ticks with step 1, 2, 2.5 (not for whole numbers) or 5 times a power of ten; the first is <= low, the
+        last >= high.
 
     >>> nice_ticks(0.13, 0.87)
     (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -122,9 +129,10 @@ def nice_ticks(low: float, high: float, count: int = 5, whole: bool = False) -> 
         low, high = low - pad, high + pad
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * power for size in (1.0, 2.0, 2.5, 5.0, 10.0) if size * power >= raw * (1 - 1e-9))
+    sizes = (1.0, 2.0, 5.0, 10.0) if whole else (1.0, 2.0, 2.5, 5.0, 10.0)
+    step = next(size * power for size in sizes if size * power >= raw * (1 - 1e-9))
     if whole:
-        step = float(max(1, math.ceil(step)))
+        step = max(1.0, step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return tuple(round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1))
 
@@ -142,18 +150,20 @@ def tick_label(value: float, step: float) -> str:
     if step < 1e-4 or abs(value) >= 1e7:
         text = f"{value:.3g}"
     else:
-        decimals = next(digits for digits in range(7) if abs(round(step, digits) - step) < 1e-9 * step)
+        fits = (digits for digits in range(6) if abs(round(step, digits) - step) < 1e-6 * step)
+        decimals = next(fits, 6)
         text = f"{value:,.{decimals}f}"
     return text.replace("-", "−") if value else "0"
 
 
-def line_chart(frame: Frame, series: Sequence[Series], level: Level | None = None) -> str:
-    """Draw lines with markers over a whole-numbered x axis (rounds, steps).
+def xy_chart(frame: Frame, series: Sequence[Series], level: Level | None = None, whole: bool = True) -> str:
+    """Draw lines with markers, or points with error bars or stems.
 
     Args:
         frame: title, labels and size.
-        series: the lines; one without a finite point is left out.
+        series: what to draw; one without a finite point is left out.
         level: dashed reference line.
+        whole: label the x axis with whole numbers only (rounds, steps, ranks).
 
     Returns:
         SVG text, or an empty string when there is nothing to draw.
@@ -161,27 +171,39 @@ def line_chart(frame: Frame, series: Sequence[Series], level: Level | None = Non
     shown = [item for item in series if item.points]
     if not shown:
         return ""
-    plot = layout(frame, shown, level)
-    return _chart(frame, plot, shown, level, [_line(plot, item) for item in shown])
+    plot = layout(frame, shown, level, whole)
+    return _chart(frame, plot, shown, level, [_marks(plot, item) for item in shown])
 
 
-def scatter_chart(frame: Frame, series: Sequence[Series], level: Level | None = None, whole: bool = False) -> str:
-    """Draw points with error bars or stems.
+def histogram(frame: Frame, groups: Sequence[tuple[str, Sequence[Value], int]]) -> str:
+    """Draw stacked counts of one quantity in common bins.
 
     Args:
         frame: title, labels and size.
-        series: the groups of points; one without a finite point is left out.
-        level: dashed reference line.
-        whole: label the x axis with whole numbers only (ranks).
+        groups: label, values and palette index of each group, the lowest layer first.
 
     Returns:
-        SVG text, or an empty string when there is nothing to draw.
+        SVG text, or an empty string when there is no finite value.
     """
-    shown = [item for item in series if item.points]
-    if not shown:
+    found = [(label, [v for v in values if _finite(v)], colour) for label, values, colour in groups]
+    found = [group for group in found if group[1]]
+    everything = [value for _, values, _ in found for value in values]
+    if not everything:
         return ""
-    plot = layout(frame, shown, level, whole=whole)
-    return _chart(frame, plot, shown, level, [_dots(plot, item) for item in shown])
+    edges = nice_ticks(min(everything), max(everything), BINS)
+    layers = []
+    for label, values, colour in found:
+        places = [min(max(bisect.bisect_right(edges, value) - 1, 0), len(edges) - 2) for value in values]
+        layers.append((f"{label} ({len(values)})", [places.count(index) for index in range(len(edges) - 1)], colour))
+    totals = [float(sum(column)) for column in zip(*(counts for _, counts, _ in layers), strict=True)]
+    outline = [Series(label, edges, [*totals, 0.0], colour, stems=True) for label, _, colour in layers]
+    plot = layout(frame, outline, whole=False)
+    heights, marks = [0] * len(totals), []
+    for _, counts, colour in layers:
+        boxes = [_box(plot, edges[i : i + 2], heights[i], n) for i, n in enumerate(counts) if n]
+        heights = [below + n for below, n in zip(heights, counts, strict=True)]
+        marks.append(f'<g class="s{colour}"><path class="area" d="{"".join(boxes)}"/></g>')
+    return _chart(frame, plot, outline, None, marks)
 
 
 def layout(frame: Frame, series: Sequence[Series], level: Level | None = None, whole: bool = True) -> Plot:
@@ -220,7 +242,7 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float]], unit: str, width: i
     Returns:
         SVG text, or an empty string without rows.
     """
-    rows = [(label, value) for label, value in rows if _finite(value)]
+    rows = [(_clip(label), value) for label, value in rows if _finite(value)]
     if not rows:
         return ""
     left = 16 + CHAR * max(len(label) for label, _ in rows)
@@ -236,19 +258,20 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float]], unit: str, width: i
     return _svg(title, width, TITLE_HEIGHT + 24 * len(rows) + 6, parts)
 
 
-def interval_glyph(value: float, low: float, high: float, tone: str) -> str:
-    """Draw one difference with its interval against zero, small enough for a table cell.
+def interval_glyph(value: float, low: float, high: float, tone: str, span: float | None = None) -> str:
+    """Draw one number with its interval against zero, small enough for a table cell.
 
     Args:
-        value: the difference.
+        value: the number.
         low: lower end.
         high: upper end.
         tone: ``good``, ``bad`` or ``unclear`` (the colour).
+        span: value at the right end, to share one scale among several glyphs; None fits this one.
 
     Returns:
-        SVG text, 120 x 16 pixels with zero in the middle; the longer side fills 54 pixels.
+        SVG text, 120 x 16 pixels with zero in the middle; ``span`` is 54 pixels long.
     """
-    span = max(abs(value), abs(low), abs(high)) or 1.0
+    span = span or max(abs(value), abs(low), abs(high)) or 1.0
     at = [_px(scale(number, (-span, span), (6, 114))) for number in (low, value, high)]
     return (
         '<svg class="glyph" width="120" height="16" viewBox="0 0 120 16" aria-hidden="true">'
@@ -258,8 +281,12 @@ def interval_glyph(value: float, low: float, high: float, tone: str) -> str:
     )
 
 
-def _finite(value: Value) -> bool:
+def _finite(value: Value) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
+
+
+def _clip(label: str) -> str:
+    return label if len(label) <= LONGEST else label[: LONGEST - 1] + "…"
 
 
 def _px(value: float) -> str:
@@ -270,7 +297,7 @@ def _px(value: float) -> str:
 def _errors(item: Series) -> list[tuple[float, float, float]]:
     """Return x, lower and upper end of every error bar that is defined."""
     bars = zip(item.x, item.y, item.error or [None] * len(item.x), strict=True)
-    return [(x, y - e, y + e) for x, y, e in bars if _finite(y) and _finite(e)]  # type: ignore[operator]
+    return [(x, y - e, y + e) for x, y, e in bars if _finite(y) and _finite(e)]
 
 
 def _extents(item: Series) -> list[float]:
@@ -278,34 +305,43 @@ def _extents(item: Series) -> list[float]:
     return [y for _, y in item.points] + ends + ([0.0] if item.stems else [])
 
 
-def _line(plot: Plot, item: Series) -> str:
-    path, pen_down = [], False
-    for x, y in zip(item.x, item.y, strict=True):
-        if y is None or not math.isfinite(y):
-            pen_down = False
-            continue
-        path.append(f"{'L' if pen_down else 'M'}{_px(plot.x(x))} {_px(plot.y(y))}")
-        pen_down = True
-    dots = "".join(f"M{_px(plot.x(x))} {_px(plot.y(y))}h0" for x, y in item.points) if len(item.points) <= 60 else ""
-    marks = f'<path class="dots" d="{dots}"/>' if dots else ""
-    return f'<g class="s{item.colour}"><path class="line" d="{"".join(path)}"/>{marks}</g>'
+def _box(plot: Plot, edges: Sequence[float], below: int, count: int) -> str:
+    left, right = plot.x(edges[0]) + 0.5, plot.x(edges[1]) - 0.5
+    return f"M{_px(left)} {_px(plot.y(below))}V{_px(plot.y(below + count))}H{_px(right)}V{_px(plot.y(below))}Z"
 
 
-def _dots(plot: Plot, item: Series) -> str:
+def _marks(plot: Plot, item: Series) -> str:
+    """Return everything one series draws: error bars, stems, the line and its markers."""
+    at = [(_px(plot.x(x)), _px(plot.y(y))) for x, y in item.points]
     parts = []
     if item.error:
         bars = "".join(f"M{_px(plot.x(x))} {_px(plot.y(low))}V{_px(plot.y(high))}" for x, low, high in _errors(item))
         parts.append(f'<path class="error" d="{bars}"/>')
     if item.stems:
-        stems = "".join(f"M{_px(plot.x(x))} {_px(plot.y(0))}V{_px(plot.y(y))}" for x, y in item.points)
+        stems = "".join(f"M{x} {_px(plot.y(0))}V{y}" for x, y in at)
         parts.append(f'<path class="error" d="{stems}"/>')
-    dots = "".join(f"M{_px(plot.x(x))} {_px(plot.y(y))}h0" for x, y in item.points)
-    return f'<g class="s{item.colour}">{"".join(parts)}<path class="dots" d="{dots}"/></g>'
+    if item.joined:
+        parts.append(f'<path class="line" d="{_path(plot, item)}"/>')
+    if not item.joined or len(at) <= 60:
+        dots = "".join(f"M{x} {y}h0" for x, y in at)
+        parts.append(f'<path class="dots" d="{dots}"/>')
+    return f'<g class="s{item.colour}">{"".join(parts)}</g>'
+
+
+def _path(plot: Plot, item: Series) -> str:
+    """Return the path through the points; it breaks where a value is missing."""
+    path, pen = "", "M"
+    for x, y in zip(item.x, item.y, strict=True):
+        path += f"{pen}{_px(plot.x(x))} {_px(plot.y(y))}" if _finite(y) else ""
+        pen = "L" if _finite(y) else "M"
+    return path
 
 
 def _legend_rows(frame: Frame, series: Sequence[Series], level: Level | None) -> list[list[tuple[str, str]]]:
     """Break the legend into rows that fit; none for a single line without a level."""
-    names = [(f"s{item.colour}", item.label) for item in series] + ([("level", level.label)] if level else [])
+    names = [(f"s{item.colour}", _clip(item.label)) for item in series] + (
+        [("level", _clip(level.label))] if level else []
+    )
     if len(names) < 2:
         return []
     rows: list[list[tuple[str, str]]] = [[]]

@@ -14,7 +14,6 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from u2a.config import UnlearnSection
 from u2a.errors import ConfigError
 from u2a.modeling import AnswerLogProbs
 
@@ -156,17 +155,23 @@ class SFT:
         return -answers.mean
 
 
-def make_loss(section: UnlearnSection) -> UnlearningLoss:
-    """Turn the configured name into a loss value.
+def make_loss(name: str, npo_beta: float = 0.1) -> UnlearningLoss:
+    """Turn a configured name into a loss value.
 
     Args:
-        section: options of the inner problem.
+        name: ``ga``, ``grad_diff``, ``npo`` or ``sft``.
+        npo_beta: inverse temperature of NPO, > 0.
 
     Returns:
         The loss.
+
+    Raises:
+        ConfigError: unknown name.
     """
-    losses: dict[str, UnlearningLoss] = {"ga": GA(), "grad_diff": GradDiff(), "npo": NPO(section.npo_beta)}
-    return losses[section.loss]
+    losses: dict[str, UnlearningLoss] = {"ga": GA(), "grad_diff": GradDiff(), "npo": NPO(npo_beta), "sft": SFT()}
+    if name not in losses:
+        raise ConfigError(f"loss {name!r}: expected one of {', '.join(losses)}")
+    return losses[name]
 
 
 def check_retain(loss: UnlearningLoss, retain_term: str) -> None:

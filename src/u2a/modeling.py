@@ -124,6 +124,9 @@ class Policy:
                 self.model: nn.Module = get_peft_model(model, config)
         else:
             self.model = model.requires_grad_(True)
+        for module in self.model.modules():  # every pass must see the same function
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         self.model.eval()
         self._names = tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
         if not self._names:

@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -39,6 +39,19 @@ def content_id(*parts: str) -> str:
         digest.update(len(raw).to_bytes(8, "big"))
         digest.update(raw)
     return digest.hexdigest()
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """Derive the seed of one generator from the run's one seed.
+
+    Args:
+        seed: the run's seed.
+        purpose: what the generator is for; different purposes get independent seeds.
+
+    Returns:
+        Seed in [0, 2**31).
+    """
+    return int(content_id(str(seed), purpose), 16) % 2**31
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -189,6 +202,14 @@ class Leak(Row):
     examples: tuple[str, ...] = ()
 
 
+class RetainParts(NamedTuple):
+    """Disjoint parts of the retain set: for the retain term, for the collapse guard, for evaluation."""
+
+    train: tuple[Example, ...]
+    guard: tuple[Example, ...]
+    evaluation: tuple[Example, ...]
+
+
 class Partition(Record):
     """The disjoint sets of a run, split by prompt.
 
@@ -213,6 +234,19 @@ class Partition(Record):
     leaks: tuple[Leak, ...] = ()
     dropped: dict[str, int] = {}
     fingerprint: str = ""
+
+    def retain_parts(self) -> RetainParts:
+        """Split the retain rows: 60 % train the retain term, 20 % the guard watches, 20 % are held out.
+
+        Returns:
+            The three parts, by order of id; with fewer than five rows each part is the whole set.
+        """
+        rows = tuple(sorted(self.retain, key=lambda row: row.id))
+        if len(rows) < 5:
+            return RetainParts(rows, rows, rows)
+        return RetainParts(
+            tuple(row for k, row in enumerate(rows) if k % 5 < 3), rows[3::5], rows[4::5]
+        )
 
 
 # --- stage 2: reward analysis -------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""The collapse guard: retain perplexity is watched, and unlearning never costs more than the utility budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from u2a.config import GuardSection
+from u2a.encoding import Encoded
+from u2a.modeling import Params, Policy
+
+
+@dataclass(frozen=True)
+class GuardResult:
+    """How the guard ended a run.
+
+    Attributes:
+        breached: the budget was exceeded during the run.
+        ppl_start: perplexity of the watched rows at theta_0.
+        ppl_end: their perplexity in the state the policy was left in.
+        ppl_budget: largest perplexity allowed.
+        steps_kept: optimiser steps in that state (the breaching ones too when it was scaled down).
+        scale: factor put on the change (1 = the whole change).
+    """
+
+    breached: bool
+    ppl_start: float
+    ppl_end: float
+    ppl_budget: float
+    steps_kept: int
+    scale: float
+
+
+class CollapseGuard(TrainerCallback):
+    """Stops a run that exceeds its budget of retain perplexity, and leaves the policy within it.
+
+    Args:
+        policy: the policy under training.
+        rows: retain rows whose perplexity is watched, at least one.
+        section: budget, interval and whether to line-search.
+
+    Attributes:
+        measured: retain perplexity by optimiser step.
+    """
+
+    def __init__(self, policy: Policy, rows: Sequence[Encoded], section: GuardSection) -> None:
+        self.policy, self.rows, self.section = policy, list(rows)[: section.max_rows], section
+        nll = -policy.reference_sums(self.rows).double().sum() / sum(row.n_answer for row in self.rows)
+        self.ppl_start = float(torch.exp(nll))
+        self.ppl_budget = self.ppl_start * (1.0 + section.ppl_budget_frac)
+        self.measured: dict[int, float] = {}
+        self.breached = False
+        self._kept: tuple[int, Params] = (0, policy.theta0)
+
+    def measure(self, step: int) -> bool:
+        """Measure the current state and remember it when it is within the budget.
+
+        Args:
+            step: optimiser steps taken.
+
+        Returns:
+            True when the budget holds.
+        """
+        ppl = self.policy.perplexity(self.rows)
+        self.measured[step] = ppl if math.isfinite(ppl) else math.inf
+        if ppl <= self.ppl_budget:
+            self._kept = (step, self.policy.snapshot())
+            return True
+        self.breached = True
+        return False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        """Measure at the interval and stop the run on a breach."""
+        every = self.section.every_steps
+        if every and state.global_step % every == 0 and not self.measure(state.global_step):
+            control.should_training_stop = True
+        return control
+
+    def settle(self, steps: int) -> GuardResult:
+        """After the run: measure the end, and scale down or roll back a breach.
+
+        Args:
+            steps: optimiser steps taken.
+
+        Returns:
+            The state the policy was left in; its perplexity is within the budget.
+        """
+        if steps not in self.measured:
+            self.measure(steps)
+        scale, kept = 1.0, steps
+        if self.breached:
+            scale = largest_scale(self._breaks_at, self.section.line_search)
+            if scale > 0.0:
+                self.policy.scale_change(scale)
+            else:
+                kept, snapshot = self._kept
+                self.policy.restore(snapshot)
+                scale = 1.0
+        end = self.measured[steps] if not self.breached else self.policy.perplexity(self.rows)
+        return GuardResult(self.breached, self.ppl_start, end, self.ppl_budget, kept, scale)
+
+    def _breaks_at(self, scale: float) -> bool:
+        """Whether the scaled change exceeds the budget (a non-finite perplexity does)."""
+        with self.policy.change_scaled(scale):
+            return not self.policy.perplexity(self.rows) <= self.ppl_budget
+
+
+def largest_scale(breaks_at: Callable[[float], bool], search: bool = True, evaluations: int = 6) -> float:
+    """Bisect for the largest scale in (0, 1) whose change stays within the budget.
+
+    Args:
+        breaks_at: tells whether a scale exceeds the budget; it must hold at 0 and break at 1. Between them the
+            budget is taken to break once; where it breaks several times the result is still within the budget.
+        search: False returns 0 at once.
+        evaluations: calls of ``breaks_at``, which halve the interval each time.
+
+    Returns:
+        A scale at which the budget was seen to hold, at most 2**-evaluations under the border; 0 when none was.
+
+    >>> largest_scale(lambda scale: scale > 0.4)
+    0.390625
+    """
+    low, high = 0.0, 1.0
+    for _ in range(evaluations if search else 0):
+        middle = (low + high) / 2
+        if breaks_at(middle):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether every entry is finite, with one synchronisation.
+
+    Args:
+        tensors: any number.
+
+    Returns:
+        True when none is NaN or infinite.
+    """
+    norms = [tensor.float().abs().sum() for tensor in tensors]
+    return not norms or bool(torch.isfinite(torch.stack(norms)).all())

@@ -1,0 +1,374 @@
+"""The trainer: weighted unlearning as a subclass of ``transformers.Trainer``.
+
+It routes data to the losses of :mod:`u2a.losses` and adds what an unlearning run needs: per-sample weights, retain
+rows, a reference, the collapse guard and a check that nothing non-finite is ever applied. Checkpoints, logging,
+trackers and ``accelerate launch`` are the base class's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from u2a.config import AdapterConfig, DataSection, GuardSection, ModelSection
+from u2a.data import read_examples
+from u2a.encoding import Batch, Encoded, token_batches
+from u2a.errors import ConfigError, ModelError, NonFiniteError
+from u2a.guard import CollapseGuard, GuardResult, all_finite
+from u2a.losses import UnlearningLoss, check_retain, kl_from_reference, make_loss
+from u2a.modeling import Policy, answer_log_probs, load_model, load_tokenizer
+from u2a.stream import BatchMaker, Sample, SampleStream, StreamSampler
+from u2a.types import Example, derive_seed
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    Rows = Dataset | Sequence[Mapping[str, Any]] | Sequence[Example]
+
+
+@dataclass
+class UnlearnConfig(TrainingArguments):
+    """Arguments of :class:`UnlearnTrainer`, on top of those of ``transformers.TrainingArguments``.
+
+    Attributes:
+        loss: ``ga``, ``grad_diff``, ``npo``, or ``sft`` (ordinary fine-tuning on the rows).
+        npo_beta: inverse temperature of NPO, > 0.
+        retain_term: ``none``, ``nll``, ``kl`` (to the reference) or ``proximal`` (||change of effective weights||^2).
+        retain_weight: lambda, >= 0.
+        retain_batch_size: retain rows per micro-batch and device.
+        max_length: tokens of prompt and answer.
+        full_finetuning: train all weights instead of an adapter.
+        guard: watch retain perplexity (needs a retain set).
+        ppl_budget_frac: allowed rise of retain perplexity.
+        guard_steps: steps between measurements (0: only at the end).
+        line_search: scale a breaching change down to the budget instead of only rolling back.
+    """
+
+    loss: str = field(default="npo", metadata={"help": "ga, grad_diff, npo or sft"})
+    npo_beta: float = field(default=0.1, metadata={"help": "inverse temperature of NPO"})
+    retain_term: str = field(default="nll", metadata={"help": "none, nll, kl or proximal"})
+    retain_weight: float = field(default=1.0, metadata={"help": "weight of the retain term"})
+    retain_batch_size: int = field(default=4, metadata={"help": "retain rows per micro-batch and device"})
+    max_length: int = field(default=512, metadata={"help": "tokens of prompt and answer"})
+    full_finetuning: bool = field(default=False, metadata={"help": "train all weights instead of an adapter"})
+    guard: bool = field(default=True, metadata={"help": "watch retain perplexity where there is a retain set"})
+    ppl_budget_frac: float = field(default=0.10, metadata={"help": "allowed rise of retain perplexity"})
+    guard_steps: int = field(default=5, metadata={"help": "steps between measurements (0: only at the end)"})
+    line_search: bool = field(default=True, metadata={"help": "scale a breaching change down to the budget"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "learning-rate schedule"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retain_term not in ("none", "nll", "kl", "proximal"):
+            raise ConfigError(f"retain_term {self.retain_term!r}: expected none, nll, kl or proximal")
+        if self.npo_beta <= 0 or self.retain_weight < 0 or self.ppl_budget_frac < 0:
+            raise ConfigError("npo_beta must be > 0, retain_weight and ppl_budget_frac >= 0")
+        check_retain(self.loss_value(), self.retain_term)
+
+    def loss_value(self) -> UnlearningLoss:
+        """Return the per-sample loss.
+
+        Returns:
+            A value of :mod:`u2a.losses`.
+
+        Raises:
+            ConfigError: unknown name.
+        """
+        return make_loss(self.loss, self.npo_beta)
+
+
+class UnlearnTrainer(Trainer):
+    """Unlearns weighted rows: each step descends mean_{i in B} (|S| omega_i) l_i + lambda L_R.
+
+    Args:
+        model: hub id or path, a model of transformers, or a :class:`~u2a.modeling.Policy`.
+        ref_model: model for reference log-probabilities; None uses the disabled adapter, and with full
+            fine-tuning the weights at the start.
+        args: arguments; None uses the defaults.
+        train_dataset: negatives in TRL's formats (prompt/completion, or prompt/chosen/rejected, whose rejected
+            answers are unlearned; standard or conversational) with an optional column ``weight`` (non-negative;
+            rows of weight 0 are left out), or :class:`~u2a.types.Example` rows.
+        retain_dataset: rows whose quality must survive, in the same formats; their answers are the good ones.
+        eval_dataset: rows on which ``evaluate()`` reports the mean loss.
+        processing_class: tokenizer; None loads the one that belongs to ``model`` (when it is a name).
+        peft_config: LoRA settings; None uses rank 16 on all linear layers unless ``args.full_finetuning``.
+        callbacks: further callbacks.
+        optimizers: (optimizer, scheduler) to use instead of those of ``args``.
+
+    Attributes:
+        policy: the policy under training.
+        guard: the collapse guard, or None.
+        guard_result: how the guard ended the last ``train()``.
+
+    Raises:
+        ConfigError: options in conflict, or no row with positive weight.
+        DataError: rows that cannot be used.
+        ModelError: the model cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Policy,
+        ref_model: PreTrainedModel | None = None,
+        args: UnlearnConfig | None = None,
+        train_dataset: Rows | None = None,
+        retain_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = UnlearnConfig(output_dir="u2a-output") if args is None else args
+        self.policy = _policy(model, processing_class, peft_config, args)
+        self.unlearning_loss = args.loss_value()
+        self._ref_model = None if ref_model is None else ref_model.eval().requires_grad_(False)
+        if args.retain_term == "kl" and not self.policy.has_adapter and ref_model is None:
+            raise ConfigError("retain_term 'kl' with full fine-tuning needs ref_model (with an adapter it does not)")
+        self._examples = as_examples(train_dataset, args.max_length)
+        if train_dataset is not None and not self._examples:
+            raise ConfigError("train_dataset has no row of positive weight (unlearning nothing changes nothing)")
+        self._retain = self._encode(as_examples(retain_dataset, args.max_length))
+        if args.retain_term in ("nll", "kl") and not self._retain and train_dataset is not None:
+            raise ConfigError(f"retain_term {args.retain_term!r} needs a retain_dataset (or set retain_term to none)")
+        if args.label_names is None:
+            args.label_names = []
+        world = max(1, args.world_size)
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * world
+        epoch_length = math.ceil(len(self._examples) / per_step) * per_step
+        seed = derive_seed(args.seed, "sample stream")
+        evaluation = None if eval_dataset is None else _Fixed(self._samples(as_examples(eval_dataset, args.max_length)))
+        super().__init__(
+            model=self.policy.model,  # type: ignore[arg-type]  # a PEFT model is what the base class expects, too
+            args=args,
+            train_dataset=SampleStream(self._samples(self._examples), epoch_length, seed) if self._examples else None,
+            eval_dataset=evaluation,
+            data_collator=BatchMaker(
+                self.policy.encoder.pad_id,
+                args.train_batch_size,
+                self._retain if args.retain_term in ("nll", "kl") else (),
+                args.retain_batch_size,
+                derive_seed(args.seed, "retain stream"),
+            ),
+            processing_class=self.policy.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch: divide by accumulation
+        self.guard = None
+        self.guard_result: GuardResult | None = None
+        if args.guard and self._retain and self._examples:
+            section = GuardSection(
+                ppl_budget_frac=args.ppl_budget_frac, every_steps=args.guard_steps, line_search=args.line_search
+            )
+            self.guard = CollapseGuard(self.policy, self._retain, section)
+            self.add_callback(self.guard)
+        self.add_callback(_FiniteGradients())
+        self._parts: dict[str, float] = {}
+
+    def _encode(self, examples: Sequence[Example]) -> tuple[Encoded, ...]:
+        encode = self.policy.encoder.encode
+        return tuple(encode(row.prompt, row.completion, row.source or row.id) for row in examples)
+
+    def _samples(self, examples: Sequence[Example]) -> tuple[Sample, ...]:
+        """Encode rows and attach weights (mean 1) and reference log-probabilities."""
+        encoded = self._encode(examples)
+        sums = torch.zeros(len(encoded))
+        if self.unlearning_loss.needs_reference and encoded:
+            sums = self.policy.reference_sums(encoded) if self._ref_model is None else self._sums_of(encoded)
+        weights = [1.0 if row.weight is None else row.weight for row in examples]
+        scale = len(weights) / math.fsum(weights) if weights else 1.0
+        rows = zip(encoded, weights, sums.tolist(), strict=True)
+        return tuple(Sample(item, weight * scale, ref, k) for k, (item, weight, ref) in enumerate(rows))
+
+    @torch.no_grad()
+    def _sums_of(self, encoded: Sequence[Encoded]) -> Tensor:
+        """Summed answer log-probabilities under ``ref_model``."""
+        out = torch.zeros(len(encoded))
+        model = self._ref_model.to(self.policy.device)  # type: ignore[union-attr]
+        for batch in token_batches(encoded, self.policy.token_budget):
+            rows = self.policy.collate([encoded[index] for index in batch])
+            out[batch] = answer_log_probs(model, rows).sum.cpu()
+        return out
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StreamSampler:
+        """Positions of the stream in order; the stream itself is shuffled."""
+        return StreamSampler(len(self.train_dataset))  # type: ignore[arg-type]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Weighted mean of the per-sample losses plus lambda times the retain term.
+
+        Args:
+            model: the (possibly wrapped) model.
+            inputs: a batch of :class:`~u2a.stream.BatchMaker`.
+            return_outputs: return ``(loss, {"per_sample": losses})``.
+            num_items_in_batch: not used: the loss is a mean over the micro-batch.
+
+        Returns:
+            Scalar loss in nats.
+
+        Raises:
+            NonFiniteError: a per-sample loss or the retain term is not finite.
+        """
+        answers = answer_log_probs(model, Batch(**inputs["forget"]))
+        losses = self.unlearning_loss.per_sample(answers, inputs["reference_sum"])
+        if not torch.isfinite(losses).all():
+            bad = inputs["index"][~torch.isfinite(losses)].tolist()
+            raise NonFiniteError("loss", "unlearn", self.state.global_step, [self._examples[k].id for k in bad])
+        forget = (inputs["weight"] * losses).mean()
+        retain = self._retain_loss(model, inputs)
+        if retain is not None and not torch.isfinite(retain):
+            raise NonFiniteError(f"retain term ({self.args.retain_term})", "unlearn", self.state.global_step)
+        loss = forget if retain is None else forget + self.args.retain_weight * retain
+        self._parts = {"forget_loss": float(forget)} | ({} if retain is None else {"retain_loss": float(retain)})
+        return (loss, {"per_sample": losses}) if return_outputs else loss
+
+    def _retain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        """Mean over retain rows of the per-row mean over answer tokens; or the proximal term; or None."""
+        if self.args.retain_term == "proximal":
+            return self.policy.change_sq()
+        if "retain" not in inputs:
+            return None
+        batch = Batch(**inputs["retain"])
+        answers = answer_log_probs(model, batch)
+        if self.args.retain_term == "nll":
+            return -answers.mean.mean()
+        with torch.no_grad():
+            if self._ref_model is not None:
+                reference = answer_log_probs(self._ref_model, batch)
+            else:
+                with self.policy.reference() as start:
+                    reference = answer_log_probs(start, batch)
+        return kl_from_reference(answers.logits, reference.logits, answers.mask).mean()
+
+    def train(self, *positional: Any, **named: Any) -> Any:
+        """Train as the base class does, then let the guard settle a breach of the budget.
+
+        Args:
+            *positional: arguments of ``Trainer.train``.
+            **named: arguments of ``Trainer.train``, such as ``resume_from_checkpoint``.
+
+        Returns:
+            The base class's ``TrainOutput``.
+        """
+        output = super().train(*positional, **named)
+        self.policy.model.eval()
+        if self.guard is not None:
+            self.guard_result = self.guard.settle(self.state.global_step)
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss of an evaluation batch.
+
+        Args:
+            model: the model.
+            inputs: a batch.
+            prediction_loss_only: not used; only the loss is returned.
+            ignore_keys: not used.
+
+        Returns:
+            (loss, None, None).
+        """
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the two parts of the last step's loss beside it.
+
+        Args:
+            logs: numbers to log.
+            start_time: of the training, or None.
+        """
+        super().log(logs | self._parts if "loss" in logs else logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: a step holds up to three forwards.
+
+        Args:
+            inputs: a batch.
+
+        Returns:
+            0.
+        """
+        return 0
+
+
+class _Fixed(torch.utils.data.Dataset[tuple[int, Sample]]):
+    """Samples in a fixed order, for evaluation."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = tuple(samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        return index, self._samples[index]
+
+
+class _FiniteGradients(TrainerCallback):
+    """Refuses an update with a NaN or infinite gradient."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not all_finite(gradients):
+            raise NonFiniteError("gradient", "unlearn", state.global_step)
+        return control
+
+
+def as_examples(rows: Rows | None, max_length: int) -> tuple[Example, ...]:
+    """Turn any accepted form of rows into examples; rows of weight 0 are left out.
+
+    Args:
+        rows: a dataset, a list of dicts, examples, or None.
+        max_length: tokens per row (kept with the data options).
+
+    Returns:
+        Examples of positive weight.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+    if rows is None:
+        return ()
+    if not (isinstance(rows, list | tuple) and all(isinstance(row, Example) for row in rows)):
+        rows = read_examples(rows, DataSection(max_length=max_length))  # type: ignore[arg-type]
+    return tuple(row for row in rows if row.weight is None or row.weight > 0)  # type: ignore[union-attr]
+
+
+def _policy(
+    model: str | PreTrainedModel | Policy,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: LoraConfig | None,
+    args: UnlearnConfig,
+) -> Policy:
+    """Make a policy of whatever was passed as ``model``."""
+    if isinstance(model, Policy):
+        return model
+    if isinstance(model, str):
+        section = ModelSection(name_or_path=model, dtype="auto", device="cpu" if args.use_cpu else "auto")
+        tokenizer = load_tokenizer(section) if tokenizer is None else tokenizer
+        model = load_model(section)
+    if tokenizer is None:
+        raise ModelError("processing_class is missing (pass the model's tokenizer)")
+    if args.full_finetuning and peft_config is not None:
+        raise ConfigError("args.full_finetuning conflicts with peft_config (give one of them)")
+    adapter = peft_config or AdapterConfig(enabled=not args.full_finetuning)
+    return Policy(model, tokenizer, adapter, args.max_length, seed=args.seed)

@@ -1,0 +1,235 @@
+"""Stage 4 and the inner problem: one function runs weighted unlearning, whoever asks for it.
+
+The warm-up, every round of selection, the final run and every control go through :func:`unlearn`, so that arms
+differ in their weights alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from u2a.config import GuardSection, UnlearnSection
+from u2a.errors import ConfigError
+from u2a.guard import CollapseGuard, GuardResult
+from u2a.losses import UnlearningLoss, make_loss
+from u2a.modeling import Policy
+from u2a.progress import Advance, Quiet
+from u2a.trainer import UnlearnConfig, UnlearnTrainer
+from u2a.types import Example, StepLog, UnlearnResult
+
+
+@dataclass(frozen=True)
+class InnerProblem:
+    """The inner problem theta*(omega) = argmin sum_i omega_i l_i(theta) + lambda L_R(theta), without omega.
+
+    Attributes:
+        forget: all candidates.
+        retain: rows of the retain term.
+        guard_rows: rows whose perplexity the collapse guard watches; none switches it off.
+        section: loss, retain term and optimiser.
+        guard: the guard's options.
+        seed: seed of the order of samples.
+    """
+
+    forget: tuple[Example, ...]
+    retain: tuple[Example, ...] = ()
+    guard_rows: tuple[Example, ...] = ()
+    section: UnlearnSection = field(default_factory=UnlearnSection)
+    guard: GuardSection = field(default_factory=GuardSection)
+    seed: int = 0
+
+    @property
+    def loss(self) -> UnlearningLoss:
+        """The per-sample loss."""
+        return make_loss(self.section.loss, self.section.npo_beta)
+
+    @property
+    def loss_text(self) -> str:
+        """Loss and retain term as one name for records."""
+        term = self.section.retain_term
+        return self.loss.name + ("" if term == "none" else f" + {self.section.retain_weight:g} {term}")
+
+    def uniform(self) -> dict[str, float]:
+        """Equal weights on all candidates, summing to 1."""
+        return dict.fromkeys((row.id for row in self.forget), 1.0 / len(self.forget))
+
+    def shortened(self, steps: int) -> InnerProblem:
+        """The same problem solved with fewer steps and without the guard (warm-up).
+
+        Args:
+            steps: optimiser steps, >= 1.
+
+        Returns:
+            A changed copy.
+        """
+        return replace(self, section=self.section.model_copy(update={"max_steps": steps}), guard_rows=())
+
+
+def unlearn(
+    policy: Policy,
+    problem: InnerProblem,
+    weights: Mapping[str, float],
+    arm: str = "u2a",
+    output_dir: str | Path | None = None,
+    advance: Advance | None = None,
+) -> UnlearnResult:
+    """Solve the inner problem from theta_0 by ``section.max_steps`` AdamW steps; the policy is left at theta*(omega).
+
+    Args:
+        policy: the policy; it is reset to theta_0 first.
+        problem: candidates, retain rows and options.
+        weights: omega by candidate id, >= 0; zero or absent = not in the set. Their scale does not matter.
+        arm: name for the record.
+        output_dir: where checkpoints go (``section.save_steps`` > 0); an interrupted run found there is resumed.
+        advance: progress, told one step at a time.
+
+    Returns:
+        What was done; its ``retain_ppl_end`` is within the budget.
+
+    Raises:
+        ConfigError: weights that are negative, not finite, or of unknown ids; no positive weight.
+        NonFiniteError: a loss or gradient is not finite.
+    """
+    rows = weighted_rows(problem.forget, weights)
+    start = time.monotonic()
+    policy.reset()
+    encode = policy.encoder.encode
+    guard = None
+    if problem.guard_rows:
+        guard = CollapseGuard(policy, [encode(r.prompt, r.completion, r.source) for r in problem.guard_rows], problem.guard)
+    with _folder(output_dir) as folder:
+        trainer = UnlearnTrainer(
+            model=policy,
+            args=_arguments(problem, policy, folder, len(rows)),
+            train_dataset=rows,
+            retain_dataset=problem.retain,
+            callbacks=[_Steps(advance or Quiet()), *([guard] if guard else [])],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if problem.section.save_steps else None)
+        steps = trainer.state.global_step
+        settled = guard.settle(steps) if guard else None
+        return UnlearnResult(
+            arm=arm,
+            loss=problem.loss_text,
+            n_samples=len(rows),
+            steps=steps,
+            history=_history(trainer, guard),
+            seconds=time.monotonic() - start,
+            **_settled_fields(settled, steps),
+        )
+
+
+def weighted_rows(forget: tuple[Example, ...], weights: Mapping[str, float]) -> tuple[Example, ...]:
+    """Return the candidates of positive weight, each carrying its weight.
+
+    Args:
+        forget: candidates.
+        weights: weight by id.
+
+    Returns:
+        Changed copies in the order of ``forget``.
+
+    Raises:
+        ConfigError: an id that is no candidate, a negative or non-finite weight, or no positive weight.
+    """
+    unknown = sorted(set(weights) - {row.id for row in forget})
+    if unknown:
+        raise ConfigError(f"weights: {unknown[0]!r} is no candidate ({len(unknown)} unknown ids; use Example.id)")
+    bad = [name for name, weight in weights.items() if not 0.0 <= weight < float("inf")]
+    if bad:
+        raise ConfigError(f"weights: {bad[0]!r} has weight {weights[bad[0]]} (expected a finite number >= 0)")
+    rows = tuple(row.model_copy(update={"weight": weights[row.id]}) for row in forget if weights.get(row.id, 0.0) > 0.0)
+    if not rows:
+        raise ConfigError("weights: no candidate has positive weight (unlearning nothing changes nothing)")
+    return rows
+
+
+def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int) -> UnlearnConfig:
+    section = problem.section
+    return UnlearnConfig(
+        output_dir=str(folder),
+        loss=section.loss,
+        npo_beta=section.npo_beta,
+        retain_term=section.retain_term,
+        retain_weight=section.retain_weight,
+        retain_batch_size=section.retain_batch_size,
+        guard=False,  # the caller's guard watches rows that are not trained on
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=section.lr_scheduler,
+        warmup_steps=section.warmup_ratio,
+        max_steps=section.max_steps,
+        per_device_train_batch_size=min(section.batch_size, n_rows),
+        gradient_accumulation_steps=section.gradient_accumulation_steps,
+        max_grad_norm=section.max_grad_norm,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        logging_steps=1,
+        save_strategy="steps" if section.save_steps else "no",
+        save_steps=section.save_steps or 500,
+        save_total_limit=2,
+        report_to=section.report_to,
+        seed=problem.seed,
+        disable_tqdm=True,
+        use_cpu=policy.device.type == "cpu",
+        dataloader_pin_memory=policy.device.type != "cpu",
+    )
+
+
+def _settled_fields(settled: GuardResult | None, steps: int) -> dict[str, Any]:
+    """The guard's part of the record."""
+    if settled is None:
+        return {"steps_kept": steps}
+    return {
+        "steps_kept": settled.steps_kept,
+        "breached": settled.breached,
+        "retain_ppl_start": settled.ppl_start,
+        "retain_ppl_end": settled.ppl_end,
+        "ppl_budget": settled.ppl_budget,
+        "scale": settled.scale,
+    }
+
+
+def _history(trainer: UnlearnTrainer, guard: CollapseGuard | None) -> tuple[StepLog, ...]:
+    """Logged steps; an infinite perplexity (a collapse) is recorded as missing, the breach says it."""
+    measured = {} if guard is None else {step: ppl for step, ppl in guard.measured.items() if ppl < float("inf")}
+    logs = {int(entry["step"]): entry for entry in trainer.state.log_history if "loss" in entry}
+    return tuple(
+        StepLog(
+            step=step,
+            loss=logs.get(step, {}).get("loss"),
+            grad_norm=logs.get(step, {}).get("grad_norm"),
+            retain_ppl=measured.get(step),
+        )
+        for step in sorted(set(logs) | set(measured))
+    )
+
+
+@contextmanager
+def _folder(output_dir: str | Path | None) -> Iterator[Path]:
+    """The given directory, or one that vanishes afterwards."""
+    if output_dir is not None:
+        yield Path(output_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix="u2a-") as name:
+        yield Path(name)
+
+
+class _Steps(TrainerCallback):
+    """Reports each optimiser step."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._advance.advance(1)
+        return control
