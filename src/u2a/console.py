@@ -80,10 +80,10 @@ def tone(contrast: Contrast) -> Tone:
 
     Returns:
         ``good``, ``bad``, ``unclear`` (the interval holds zero or is missing), or ``none`` (the metric has no
-        better direction).
+        better direction, or the difference is undefined).
     """
     better = better_direction(contrast.metric)
-    if better is None:
+    if better is None or contrast.difference is None:
         return "none"
     if contrast.low is None or contrast.high is None or contrast.low <= 0 <= contrast.high:
         return "unclear"
@@ -163,6 +163,20 @@ def metric_names(table: EvalTable) -> list[str]:
     return list(dict.fromkeys(name for metrics in table.arms.values() for name in metrics))
 
 
+def metric_scale(table: EvalTable, name: str) -> list[float]:
+    """Return every number of one metric, so that all arms are written with the same decimals.
+
+    Args:
+        table: the evaluation.
+        name: metric name.
+
+    Returns:
+        Values and interval ends of all arms that have the metric.
+    """
+    found = [metrics[name] for metrics in table.arms.values() if name in metrics]
+    return [value for item in found for value in (item.value, item.low, item.high) if value is not None]
+
+
 def reliability_sentence(found: Reliability) -> str:
     """Say in plain English whether unlearning helps, and whether the choice of candidates can be trusted.
 
@@ -207,16 +221,17 @@ def evaluation_table(table: EvalTable) -> str:
     """
     rows = []
     for name in metric_names(table):
+        alike = metric_scale(table, name)
         shown = f"{name} ({better_direction(name)} is better)" if better_direction(name) else name
         for arm, metrics in table.arms.items():
             if name in metrics:
-                rows.append([shown, arm, *_metric_cells(metrics[name])])
+                rows.append([shown, arm, *_metric_cells(metrics[name], alike)])
                 shown = ""
-    text = _grid(["metric", "arm", "value", "95 % interval", "n"], rows, (36, 18, 12, 24, 6), right=(2, 4))
+    text = _grid(["metric", "arm", "value", "95 % interval", "n"], rows, (32, 18, 12, 24, 6), right=(2, 4))
     differences = [_contrast_cells(item) for item in table.contrasts]
     if differences:
         heads = ["difference of", "arms", "value", "95 % interval", "n", "reading"]
-        text += "\n" + _grid(heads, differences, (20, 26, 12, 24, 6, 9), right=(2, 4))
+        text += "\n" + _grid(heads, differences, (20, 22, 11, 22, 6, 9), right=(2, 4))
     if table.verdict:
         text += "\n" + _wrapped(f"Verdict: {table.verdict}")
     return text
@@ -254,13 +269,15 @@ def reliability_text(found: Reliability) -> str:
     Returns:
         Lines of at most 100 characters, ending in a newline.
     """
-    error = "" if found.mean_gain_se is None else f" +- {number(found.mean_gain_se)}"
+    mean, error = found.mean_gain, found.mean_gain_se
+    shown = number(mean, error, sign=True) + ("" if error is None else f" +- {number(error, mean)}")
+    ratio = f"{number(found.signal_sd, found.noise_sd)} / {number(found.noise_sd, found.signal_sd)}"
     rows = [
         ["split-half correlation", number(found.split_half)],
         ["  predicted for all pairs", number(found.full_set)],
         ["gradient cosine of the halves", number(found.gradient_cosine)],
-        ["mean gain", number(found.mean_gain, sign=True) + error],
-        ["signal sd / noise sd", f"{number(found.signal_sd)} / {number(found.noise_sd)}"],
+        ["mean gain", shown],
+        ["signal sd / noise sd", ratio],
         ["pairs / folds / candidates", f"{found.n_pairs} / {found.n_folds} / {found.n_candidates}"],
     ]
     return _grid(["reliability of the gains", ""], rows, (34, 40)) + "\n" + _wrapped(reliability_sentence(found))
@@ -281,15 +298,17 @@ def selection_text(solution: Solution, top: int = 10) -> str:
         text += _wrapped(FALLBACK_SENTENCES[solution.fallback])
     if solution.rounds:
         heads = ["round", "selected", "J (PA)", "J (held-out)", "retain ppl", "FW gap", "split-half", "kept"]
-        rows = [_round_cells(item) for item in solution.rounds]
+        objectives = [value for item in solution.rounds for value in (item.objective_pa, item.objective_heldout)]
+        rows = [_round_cells(item, objectives) for item in solution.rounds]
         text += "\n" + _grid(heads, rows, (5, 8, 10, 12, 10, 10, 10, 4), right=range(7))
     gains = {row.id: row for row in solution.scores.rows}
     chosen = sorted((row for row in solution.rows if row.weight > 0), key=lambda row: -row.weight)[:top]
+    largest = max((abs(gains[row.id].gain) for row in chosen if row.id in gains), default=0.0)
     rows = []
     for row in chosen:
         score = gains.get(row.id)
-        cells = [number(score.gain, sign=True), number(score.gain_se)] if score else ["-", "-"]
-        rows.append([row.id, number(row.weight), *cells, row.reason])
+        cells = [number(score.gain, largest, sign=True), number(score.gain_se, largest)] if score else ["-", "-"]
+        rows.append([row.id, number(row.weight, chosen[0].weight), *cells, row.reason])
     if rows:
         text += "\n" + _grid(["id", "weight", "gain", "se", "reason"], rows, (16, 10, 10, 10, 44), right=(1, 2, 3))
     return text
@@ -301,9 +320,8 @@ FALLBACK_SENTENCES: dict[str, str] = {
 }
 
 
-def _metric_cells(metric: Metric) -> list[str]:
-    ends = (metric.low, metric.high)
-    return [number(metric.value, *ends), interval(*ends, metric.value), str(metric.n)]
+def _metric_cells(metric: Metric, alike: list[float]) -> list[str]:
+    return [number(metric.value, *alike), interval(metric.low, metric.high, *alike), str(metric.n)]
 
 
 def _contrast_cells(item: Contrast) -> list[str]:
@@ -313,10 +331,10 @@ def _contrast_cells(item: Contrast) -> list[str]:
     return [item.metric, arms, value, interval(*ends, item.difference), str(item.n), TONE_WORDS[tone(item)]]
 
 
-def _round_cells(item: Round) -> list[str]:
-    values = (item.objective_pa, item.objective_heldout, item.retain_ppl, item.fw_gap, item.split_half)
-    kept = "yes" if item.accepted else "no"
-    return [str(item.index + 1), str(item.n_selected), *(number(value) for value in values), kept]
+def _round_cells(item: Round, objectives: list[float | None]) -> list[str]:
+    values = [number(value, *objectives) for value in (item.objective_pa, item.objective_heldout)]
+    values += [number(value) for value in (item.retain_ppl, item.fw_gap, item.split_half)]
+    return [str(item.index + 1), str(item.n_selected), *values, "yes" if item.accepted else "no"]
 
 
 def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]], most: Sequence[int], right: Sequence[int] = ()) -> str:

@@ -134,6 +134,7 @@ def nice_ticks(low: float, high: float, count: int = 5, whole: bool = False) -> 
     if whole:
         step = max(1.0, step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
     return tuple(round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1))
 
 
@@ -145,7 +146,7 @@ def tick_label(value: float, step: float) -> str:
         step: distance between ticks.
 
     Returns:
-        For example ``"0.25"``, ``"1,200"`` or ``"2e-05"``.
+        For example ``"0.25"``, ``"1,200"`` or ``"2e−05"``.
     """
     if step < 1e-4 or abs(value) >= 1e7:
         text = f"{value:.3g}"

@@ -52,15 +52,16 @@ class AnswerLogProbs:
         return self.sum / self.count
 
 
-def answer_log_probs(model: nn.Module, batch: Batch) -> AnswerLogProbs:
+def answer_log_probs(model: nn.Module, batch: Batch, parameters: Params | None = None) -> AnswerLogProbs:
     """Compute the log-probabilities of the answer tokens, with logits at answer positions only.
 
     Args:
         model: a causal language model of transformers (plain, PEFT, or wrapped for data parallelism).
         batch: left-padded sequences.
+        parameters: values to use instead of the model's own, by parameter name (for functional transforms).
 
     Returns:
-        Log-probabilities in float32 whatever the model's dtype.
+        Log-probabilities in float32 whatever the model's dtype (float64 for a float64 model).
     """
     width = batch.targets.shape[1]
     arguments: dict[str, Any] = {
@@ -71,7 +72,9 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> AnswerLogProbs:
     }
     if _accepts(model, "logits_to_keep"):
         arguments["logits_to_keep"] = width + 1
-    logits = model(**arguments).logits[:, -(width + 1) : -1].float()
+    out = model(**arguments) if parameters is None else torch.func.functional_call(model, parameters, (), arguments)
+    logits = out.logits[:, -(width + 1) : -1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     picked = logits.gather(-1, batch.targets[..., None])[..., 0]
     token = torch.where(batch.answer_mask, picked - logits.logsumexp(-1), 0.0)
     return AnswerLogProbs(token, batch.answer_mask, logits)

@@ -24,6 +24,7 @@ from u2a.errors import ConfigError, ModelError, NonFiniteError
 from u2a.guard import CollapseGuard, GuardResult, all_finite
 from u2a.losses import UnlearningLoss, check_retain, kl_from_reference, make_loss
 from u2a.modeling import Policy, answer_log_probs, load_model, load_tokenizer
+from u2a.progress import Advance
 from u2a.stream import BatchMaker, Sample, SampleStream, StreamSampler
 from u2a.types import Example, derive_seed
 
@@ -134,10 +135,10 @@ class UnlearnTrainer(Trainer):
         self._ref_model = None if ref_model is None else ref_model.eval().requires_grad_(False)
         if args.retain_term == "kl" and not self.policy.has_adapter and ref_model is None:
             raise ConfigError("retain_term 'kl' with full fine-tuning needs ref_model (with an adapter it does not)")
-        self._examples = as_examples(train_dataset, args.max_length)
+        self._examples = as_examples(train_dataset, args.max_length, args.loss == "sft")
         if train_dataset is not None and not self._examples:
             raise ConfigError("train_dataset has no row of positive weight (unlearning nothing changes nothing)")
-        self._retain = self._encode(as_examples(retain_dataset, args.max_length))
+        self._retain = self._encode(as_examples(retain_dataset, args.max_length, good=True))
         if args.retain_term in ("nll", "kl") and not self._retain and train_dataset is not None:
             raise ConfigError(f"retain_term {args.retain_term!r} needs a retain_dataset (or set retain_term to none)")
         if args.label_names is None:
@@ -146,7 +147,7 @@ class UnlearnTrainer(Trainer):
         per_step = args.train_batch_size * args.gradient_accumulation_steps * world
         epoch_length = math.ceil(len(self._examples) / per_step) * per_step
         seed = derive_seed(args.seed, "sample stream")
-        evaluation = None if eval_dataset is None else _Fixed(self._samples(as_examples(eval_dataset, args.max_length)))
+        evaluation = None if eval_dataset is None else _Fixed(self._samples(as_examples(eval_dataset, args.max_length, args.loss == "sft")))
         super().__init__(
             model=self.policy.model,  # type: ignore[arg-type]  # a PEFT model is what the base class expects, too
             args=args,
@@ -235,7 +236,9 @@ class UnlearnTrainer(Trainer):
         if retain is not None and not torch.isfinite(retain):
             raise NonFiniteError(f"retain term ({self.args.retain_term})", "unlearn", self.state.global_step)
         loss = forget if retain is None else forget + self.args.retain_weight * retain
-        self._parts = {"forget_loss": float(forget)} | ({} if retain is None else {"retain_loss": float(retain)})
+        self._parts = {"forget_loss": float(forget.detach())} | (
+            {} if retain is None else {"retain_loss": float(retain.detach())}
+        )
         return (loss, {"per_sample": losses}) if return_outputs else loss
 
     def _retain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
@@ -323,6 +326,22 @@ class _Fixed(torch.utils.data.Dataset[tuple[int, Sample]]):
         return index, self._samples[index]
 
 
+class StepReporter(TrainerCallback):
+    """Reports each optimiser step to a progress display.
+
+    Args:
+        advance: the display.
+    """
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Report one step."""
+        self._advance.advance(1)
+        return control
+
+
 class _FiniteGradients(TrainerCallback):
     """Refuses an update with a NaN or infinite gradient."""
 
@@ -333,12 +352,13 @@ class _FiniteGradients(TrainerCallback):
         return control
 
 
-def as_examples(rows: Rows | None, max_length: int) -> tuple[Example, ...]:
+def as_examples(rows: Rows | None, max_length: int, good: bool) -> tuple[Example, ...]:
     """Turn any accepted form of rows into examples; rows of weight 0 are left out.
 
     Args:
         rows: a dataset, a list of dicts, examples, or None.
         max_length: tokens per row (kept with the data options).
+        good: of a preference pair take the chosen answer (else the rejected one).
 
     Returns:
         Examples of positive weight.
@@ -349,7 +369,7 @@ def as_examples(rows: Rows | None, max_length: int) -> tuple[Example, ...]:
     if rows is None:
         return ()
     if not (isinstance(rows, list | tuple) and all(isinstance(row, Example) for row in rows)):
-        rows = read_examples(rows, DataSection(max_length=max_length))  # type: ignore[arg-type]
+        rows = read_examples(rows, DataSection(max_length=max_length), good)  # type: ignore[arg-type]
     return tuple(row for row in rows if row.weight is None or row.weight > 0)  # type: ignore[union-attr]
 
 

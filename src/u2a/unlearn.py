@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from u2a.config import GuardSection, UnlearnSection
@@ -23,7 +23,7 @@ from u2a.guard import CollapseGuard, GuardResult
 from u2a.losses import UnlearningLoss, make_loss
 from u2a.modeling import Policy
 from u2a.progress import Advance, Quiet
-from u2a.trainer import UnlearnConfig, UnlearnTrainer
+from u2a.trainer import StepReporter, UnlearnConfig, UnlearnTrainer
 from u2a.types import Example, StepLog, UnlearnResult
 
 
@@ -105,14 +105,16 @@ def unlearn(
     encode = policy.encoder.encode
     guard = None
     if problem.guard_rows:
-        guard = CollapseGuard(policy, [encode(r.prompt, r.completion, r.source) for r in problem.guard_rows], problem.guard)
+        guard = CollapseGuard(
+            policy, [encode(r.prompt, r.completion, r.source) for r in problem.guard_rows], problem.guard
+        )
     with _folder(output_dir) as folder:
         trainer = UnlearnTrainer(
             model=policy,
             args=_arguments(problem, policy, folder, len(rows)),
             train_dataset=rows,
             retain_dataset=problem.retain,
-            callbacks=[_Steps(advance or Quiet()), *([guard] if guard else [])],
+            callbacks=[StepReporter(advance or Quiet()), *([guard] if guard else [])],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if problem.section.save_steps else None)
@@ -222,14 +224,3 @@ def _folder(output_dir: str | Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="u2a-") as name:
         yield Path(name)
-
-
-class _Steps(TrainerCallback):
-    """Reports each optimiser step."""
-
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self._advance.advance(1)
-        return control

@@ -1,0 +1,254 @@
+"""From preference pairs and candidates to a table of gains: gradient of J per fold, adjoint, scorer, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from u2a.bilevel.hypergrad import Adjoint, InnerHessian, make_adjoint
+from u2a.bilevel.objective import DPO, NLL, Item, Margin, Objective, objective_gradient
+from u2a.bilevel.score import CandidateLosses, Scorer, agreement, make_scorer
+from u2a.bilevel.select import FoldStatistics, fold_statistics, make_estimator, reliability
+from u2a.bilevel.vectors import dot
+from u2a.config import SolveSection
+from u2a.data import prompt_key
+from u2a.errors import ConfigError, DataError, NonFiniteError
+from u2a.modeling import Params, Policy
+from u2a.progress import Console
+from u2a.stream import permutation
+from u2a.types import Pair, ScoreRow, ScoreTable, SolveStatus, content_id, derive_seed
+from u2a.unlearn import InnerProblem
+
+
+@dataclass(frozen=True)
+class OuterProblem:
+    """The outer problem: what aligned means, and how gains are computed.
+
+    Attributes:
+        preference: the PA pairs.
+        section: options of stage 3.
+        objective: J; None makes it from the section.
+        seed: seed of folds and random draws.
+    """
+
+    preference: tuple[Pair, ...]
+    section: SolveSection = field(default_factory=SolveSection)
+    objective: Objective | None = None
+    seed: int = 0
+
+    def objective_value(self) -> Objective:
+        """Return J.
+
+        Returns:
+            The objective.
+
+        Raises:
+            ConfigError: ``solve.objective: reward`` without a value (it needs a reward model).
+        """
+        if self.objective is not None:
+            return self.objective
+        objectives: dict[str, Objective] = {"margin": Margin(), "dpo": DPO(self.section.dpo_beta), "nll": NLL()}
+        if self.section.objective not in objectives:
+            raise ConfigError("solve.objective: reward needs a reward model (pass objective=ExpectedReward(...))")
+        return objectives[self.section.objective]
+
+
+@dataclass(frozen=True)
+class Folds:
+    """PA pairs split by prompt.
+
+    Attributes:
+        folds: pairs of each fold, none empty.
+        heldout: pairs kept for early stopping; may be empty.
+    """
+
+    folds: tuple[tuple[Pair, ...], ...]
+    heldout: tuple[Pair, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Pairs per fold."""
+        return [len(fold) for fold in self.folds]
+
+
+def split_preference(outer: OuterProblem) -> Folds:
+    """Split the PA pairs by prompt into held-out pairs and folds of nearly equal size.
+
+    Args:
+        outer: pairs, number of folds, held-out share and seed.
+
+    Returns:
+        The split; the same whatever the order of the pairs. With fewer prompts than folds there are fewer folds.
+
+    Raises:
+        DataError: no pairs.
+    """
+    if not outer.preference:
+        raise DataError("preference set: holds no pair (raise partition.preference_frac or set data.preferences)")
+    groups: dict[str, list[Pair]] = {}
+    for pair in sorted(outer.preference, key=lambda pair: pair.id):
+        groups.setdefault(prompt_key(pair.prompt), []).append(pair)
+    keys = sorted(groups, key=lambda key: content_id(str(outer.seed), "fold", key))
+    n_heldout = round(outer.section.heldout_frac * len(keys))
+    if len(keys) - n_heldout < 2:
+        n_heldout = 0
+    heldout = tuple(pair for key in keys[:n_heldout] for pair in groups[key])
+    rest = keys[n_heldout:]
+    count = min(outer.section.folds, len(rest))
+    folds = tuple(tuple(pair for key in rest[k::count] for pair in groups[key]) for k in range(count))
+    return Folds(folds, heldout)
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Everything one scoring found.
+
+    Attributes:
+        table: the record.
+        statistics: gains with their uncertainty.
+        estimates: (n,) what candidates are ranked by.
+    """
+
+    table: ScoreTable
+    statistics: FoldStatistics
+    estimates: Tensor
+
+
+def compute_gains(
+    policy: Policy,
+    inner: InnerProblem,
+    outer: OuterProblem,
+    folds: Folds,
+    weights: Mapping[str, float],
+    console: Console,
+) -> Gains:
+    """Score every candidate at the policy's current theta.
+
+    Args:
+        policy: the policy at theta*(omega), or after the warm-up.
+        inner: candidates and losses.
+        outer: objective and options.
+        folds: the PA split.
+        weights: omega at which the curvature is taken.
+        console: progress.
+
+    Returns:
+        Gains of all candidates, in the order of ``inner.forget``.
+
+    Raises:
+        NonFiniteError: a value, gradient, loss or score is not finite.
+    """
+    objective = outer.objective_value()
+    items = [objective.prepare(policy, fold) for fold in folds.folds]
+    with console.phase("gradient of J", sum(folds.sizes), "pairs") as advance:
+        parts = [objective_gradient(objective, policy, fold, advance) for fold in items]
+    losses = candidate_losses(policy, inner)
+    adjoint = make_adjoint(outer.section, inner.section)
+    directions, solves = _adjoints(
+        adjoint, [part.gradient for part in parts], _curvature(policy, inner, outer, weights), console
+    )
+    scorer = make_scorer(outer.section)
+    passes = scorer.passes(len(directions))
+    with console.phase("score candidates", passes * len(losses.rows), "candidates") as advance:
+        slopes = scorer.derivatives(losses, directions, advance)
+        error = None if outer.section.scorer == "jvp" else agreement(losses, directions, slopes)
+    base = losses.values()
+    values = torch.cat([part.values for part in parts])
+    _check(slopes, losses.ids)
+    statistics = fold_statistics(-slopes, folds.sizes)
+    estimates = make_estimator(outer.section).estimate(statistics)
+    gram = torch.tensor([[dot(a.gradient, b.gradient) for b in parts] for a in parts], dtype=torch.float64)
+    table = ScoreTable(
+        rows=_rows(losses, -slopes, statistics, estimates, base),
+        objective=objective.name,
+        loss=inner.loss_text,
+        adjoint=adjoint.name,
+        scorer=scorer.name,
+        estimator=make_estimator(outer.section).name,
+        objective_value=float(values.mean()),
+        objective_se=float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else None,
+        reliability=reliability(-slopes, folds.sizes, gram, statistics),
+        solve=solves,
+        scorer_error=error,
+    )
+    return Gains(table, statistics, estimates)
+
+
+def candidate_losses(policy: Policy, inner: InnerProblem) -> CandidateLosses:
+    """Tokenise all candidates and look up their reference log-probabilities.
+
+    Args:
+        policy: the policy.
+        inner: the candidates and their loss.
+
+    Returns:
+        The vector of losses.
+    """
+    encode = policy.encoder.encode
+    rows = tuple(encode(row.prompt, row.completion, row.source or row.id) for row in inner.forget)
+    sums = policy.reference_sums(rows) if inner.loss.needs_reference else torch.zeros(len(rows))
+    return CandidateLosses(policy, inner.loss, rows, sums, tuple(row.id for row in inner.forget))
+
+
+def _adjoints(
+    adjoint: Adjoint, gradients: Sequence[Params], curvature: InnerHessian, console: Console
+) -> tuple[list[Params], tuple[SolveStatus, ...]]:
+    """u of every fold."""
+    if not adjoint.needs_curvature:
+        solved = [adjoint.solve(gradient, None) for gradient in gradients]
+    else:
+        with console.phase("linear solve", len(gradients), "folds") as advance:
+            solved = []
+            for gradient in gradients:
+                solved.append(adjoint.solve(gradient, curvature))
+                advance.advance(1)
+    return [solution.value for solution in solved], tuple(solution.status for solution in solved)
+
+
+def _curvature(policy: Policy, inner: InnerProblem, outer: OuterProblem, weights: Mapping[str, float]) -> InnerHessian:
+    """Hessian of the inner problem on a seeded sample of the weighted candidates and retain rows."""
+    chosen = [row for row in inner.forget if weights.get(row.id, 0.0) > 0]
+    order = permutation(derive_seed(outer.seed, "curvature"), 0, len(chosen))[: outer.section.curvature_samples]
+    chosen = [chosen[k] for k in order]
+    encode = policy.encoder.encode
+    rows = tuple(encode(row.prompt, row.completion) for row in chosen)
+    mass = torch.tensor([weights[row.id] for row in chosen], dtype=torch.float64)
+    term = inner.section.retain_term
+    n_retain = max(1, outer.section.curvature_samples // 2) if term in ("nll", "kl") else 0
+    return InnerHessian(
+        policy=policy,
+        loss=inner.loss,
+        rows=rows,
+        weights=mass / mass.sum(),
+        reference_sums=policy.reference_sums(rows) if inner.loss.needs_reference else torch.zeros(len(rows)),
+        retain=tuple(encode(row.prompt, row.completion) for row in inner.retain[:n_retain]),
+        term=term,
+        retain_weight=inner.section.retain_weight,
+    )
+
+
+def _check(slopes: Tensor, ids: Sequence[str]) -> None:
+    bad = [ids[k] for k in torch.nonzero(~torch.isfinite(slopes).all(1)).flatten().tolist()]
+    if bad:
+        raise NonFiniteError("score", "score", None, bad)
+
+
+def _rows(
+    losses: CandidateLosses, gains: Tensor, statistics: FoldStatistics, estimates: Tensor, base: Tensor
+) -> tuple[ScoreRow, ...]:
+    se = [None] * len(losses.ids) if statistics.se is None else statistics.se.tolist()
+    return tuple(
+        ScoreRow(
+            id=losses.ids[k],
+            gain=float(statistics.gain[k]),
+            gain_se=se[k],
+            estimate=float(estimates[k]),
+            fold_gains=tuple(gains[k].tolist()),
+            loss=float(base[k]),
+            n_answer_tokens=losses.rows[k].n_answer,
+        )
+        for k in range(len(losses.ids))
+    )

@@ -1,0 +1,210 @@
+"""Matrix-free linear solves (A + rho I) x = b for symmetric A that may be indefinite.
+
+Gradient ascent is concave in the NLL, so the curvature of an unlearning problem need not be positive definite.
+A direction p with p'(A + rho I)p <= 0 is detected, the damping is raised (Levenberg-Marquardt), the solve starts
+again, and the result says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from u2a.bilevel.vectors import dot, is_finite, norm, plus, scaled, zeros_like
+from u2a.errors import NonFiniteError, NotConverged
+from u2a.modeling import Params
+from u2a.types import SolveStatus
+
+Matvec = Callable[[Params], Params]
+_RAISE = 4.0
+_MOST_RAISES = 40
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """Result of a linear solve.
+
+    Attributes:
+        value: x.
+        status: how it ended; the residual is ||(A + rho I) x - b|| / ||b||, recomputed from the definition.
+    """
+
+    value: Params
+    status: SolveStatus
+
+
+class LinearSolver(Protocol):
+    """A linear solver as a value."""
+
+    @property
+    def name(self) -> str: ...
+
+    def solve(self, matvec: Matvec, right: Params, damping: float) -> LinearSolution:
+        """Solve (A + damping I) x = right.
+
+        Args:
+            matvec: v -> A v.
+            right: b.
+            damping: rho >= 0, absolute.
+
+        Returns:
+            The solution with its status.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CG:
+    """Conjugate gradients with detection of negative curvature.
+
+    Attributes:
+        max_steps: most matrix-vector products of one attempt.
+        tol: relative residual at which it stops.
+        throw: raise :class:`~u2a.errors.NotConverged` instead of returning status ``max_steps``.
+
+    Source: Hestenes and Stiefel 1952; detection as in Steihaug 1983; damping as in Martens 2010.
+    """
+
+    max_steps: int = 10
+    tol: float = 1e-2
+    throw: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name with parameters."""
+        return f"cg(tol={self.tol:g}, max_steps={self.max_steps})"
+
+    def solve(self, matvec: Matvec, right: Params, damping: float) -> LinearSolution:
+        """Solve (A + rho I) x = b, raising rho where the curvature is not positive.
+
+        Args:
+            matvec: v -> A v.
+            right: b; zero gives the zero solution.
+            damping: rho >= 0.
+
+        Returns:
+            x with status ``converged``, ``max_steps`` or ``negative_curvature`` (solved, with a raised rho).
+
+        Raises:
+            NotConverged: ``throw`` is set and the residual is above ``tol``; or rho could not be raised enough.
+            NonFiniteError: a product is not finite.
+        """
+        if norm(right) == 0.0:
+            return LinearSolution(
+                zeros_like(right), SolveStatus(status="converged", steps=0, residual=0.0, damping=damping)
+            )
+        steps, raised = 0, False
+        for _ in range(_MOST_RAISES):
+            attempt = _attempt(matvec, right, damping, self.max_steps, self.tol)
+            steps += attempt.steps
+            if attempt.curvature is None:
+                residual = _residual(matvec, right, damping, attempt.value)
+                solved = residual <= self.tol * (1 + 1e-6) + 1e-12
+                if self.throw and not solved:
+                    raise NotConverged(f"cg: residual {residual:.2e} after {steps} steps, asked for {self.tol:.2e}")
+                status = "negative_curvature" if raised else "converged" if solved else "max_steps"
+                return LinearSolution(
+                    attempt.value, SolveStatus(status=status, steps=steps, residual=residual, damping=damping)
+                )
+            raised = True
+            damping = max(_RAISE * damping, -2.0 * attempt.curvature, 1e-8)
+        raise NotConverged(f"cg: negative curvature persists at damping {damping:.2e} (set solve.damping)")
+
+
+@dataclass
+class _Attempt:
+    """State of one run of CG; ``curvature`` is the Rayleigh quotient p'Ap/p'p of a refused direction."""
+
+    value: Params
+    steps: int = 0
+    curvature: float | None = None
+    directions: list[Params] = field(default_factory=list)
+
+
+def _attempt(matvec: Matvec, right: Params, damping: float, max_steps: int, tol: float) -> _Attempt:
+    attempt = _Attempt(zeros_like(right))
+    residual = {name: value.clone() for name, value in right.items()}
+    direction = residual
+    rr = dot(residual, residual)
+    goal = tol * tol * rr
+    for _ in range(max_steps):
+        image = plus(matvec(direction), direction, damping)
+        if not is_finite(image):
+            raise NonFiniteError("curvature product", "solve", attempt.steps)
+        attempt.steps += 1
+        bend, length = dot(direction, image), dot(direction, direction)
+        if bend <= 1e-12 * length:
+            attempt.curvature = bend / length - damping
+            return attempt
+        step = rr / bend
+        attempt.value = plus(attempt.value, direction, step)
+        residual = plus(residual, image, -step)
+        new = dot(residual, residual)
+        if new <= goal:
+            break
+        direction = plus(residual, direction, new / rr)
+        rr = new
+    return attempt
+
+
+def _residual(matvec: Matvec, right: Params, damping: float, value: Params) -> float:
+    image = plus(matvec(value), value, damping)
+    return norm(plus(image, right, -1.0)) / norm(right)
+
+
+@dataclass(frozen=True)
+class Neumann:
+    """Truncated Neumann series x = s sum_k (I - s (A + rho I))^k b; converges for 0 < s < 2 / lambda_max.
+
+    Attributes:
+        step: s > 0.
+        max_steps: terms.
+        tol: relative residual at which it stops.
+    """
+
+    step: float
+    max_steps: int = 50
+    tol: float = 1e-2
+
+    @property
+    def name(self) -> str:
+        """Name with parameters."""
+        return f"neumann(step={self.step:g}, max_steps={self.max_steps})"
+
+    def solve(self, matvec: Matvec, right: Params, damping: float) -> LinearSolution:
+        """Solve (A + rho I) x = b by damped Richardson iteration (the same partial sums).
+
+        Args:
+            matvec: v -> A v.
+            right: b.
+            damping: rho >= 0.
+
+        Returns:
+            x with its status.
+
+        Raises:
+            NotConverged: the residual grew (the step is too long, or the curvature negative).
+        """
+        value = scaled(right, self.step)
+        size = norm(right)
+        if size == 0.0:
+            return LinearSolution(value, SolveStatus(status="converged", steps=0, residual=0.0, damping=damping))
+        relative = 1.0
+        for steps in range(1, self.max_steps + 1):
+            image = plus(matvec(value), value, damping)
+            rest = plus(right, image, -1.0)
+            relative = norm(rest) / size
+            if not relative < 1e3:
+                raise NotConverged(
+                    f"neumann: residual {relative:.1e} after {steps} terms (shorten the step {self.step:g})"
+                )
+            if relative <= self.tol:
+                return LinearSolution(
+                    value, SolveStatus(status="converged", steps=steps, residual=relative, damping=damping)
+                )
+            value = plus(value, rest, self.step)
+        residual = _residual(matvec, right, damping, value)
+        return LinearSolution(
+            value, SolveStatus(status="max_steps", steps=self.max_steps + 1, residual=residual, damping=damping)
+        )

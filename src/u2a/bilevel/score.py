@@ -1,0 +1,306 @@
+"""Scoring: directional derivatives of all candidates' losses, without any per-sample gradient.
+
+u' grad l_k for every k is the directional derivative of the *vector* of losses along u: two no-grad forwards
+(central difference), one where the losses at theta are known (one-sided), or one forward-mode pass (exact).
+Memory does not grow with the number of candidates; a score depends on its candidate alone, not on its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from u2a.bilevel.hypergrad import second_order_attention, unit
+from u2a.config import SolveSection
+from u2a.encoding import Encoded, token_batches
+from u2a.errors import NonFiniteError
+from u2a.losses import UnlearningLoss
+from u2a.modeling import Params, Policy, answer_log_probs
+from u2a.progress import Advance, Quiet
+
+
+@dataclass(frozen=True)
+class CandidateLosses:
+    """The vector of unlearning losses (l_1 .. l_n) as a function of theta.
+
+    Attributes:
+        policy: the policy.
+        loss: the per-sample loss.
+        rows: tokenised candidates.
+        reference_sums: (n,) s_i^ref in nats.
+        ids: candidate ids, for errors.
+    """
+
+    policy: Policy
+    loss: UnlearningLoss
+    rows: tuple[Encoded, ...]
+    reference_sums: Tensor
+    ids: tuple[str, ...]
+
+    def batches(self) -> list[list[int]]:
+        """Indices by forward batch, sorted by length."""
+        return token_batches(self.rows, self.policy.token_budget)
+
+    def of(self, batch: Sequence[int], parameters: Params | None = None) -> Tensor:
+        """Losses of one batch, differentiable.
+
+        Args:
+            batch: indices.
+            parameters: values to use instead of the policy's.
+
+        Returns:
+            (batch,) losses.
+        """
+        rows = self.policy.collate([self.rows[index] for index in batch])
+        answers = answer_log_probs(self.policy.model, rows, parameters)
+        return self.loss.per_sample(answers, self.reference_sums[list(batch)].to(answers.sum))
+
+    @torch.no_grad()
+    def values(self, advance: Advance | None = None) -> Tensor:
+        """All losses at the current theta.
+
+        Args:
+            advance: progress, told candidates.
+
+        Returns:
+            (n,) float64 on the CPU.
+
+        Raises:
+            NonFiniteError: a loss is not finite; the candidate is named.
+        """
+        out = torch.zeros(len(self.rows), dtype=torch.float64)
+        for number, batch in enumerate(self.batches()):
+            losses = self.of(batch).double().cpu()
+            if not torch.isfinite(losses).all():
+                bad = [self.ids[k] for k, value in zip(batch, losses, strict=True) if not math.isfinite(value)]
+                raise NonFiniteError("candidate loss", "score", number, bad)
+            out[batch] = losses
+            (advance or Quiet()).advance(len(batch))
+        return out
+
+    def subset(self, indices: Sequence[int]) -> CandidateLosses:
+        """The losses of some candidates only.
+
+        Args:
+            indices: which.
+
+        Returns:
+            A smaller vector of losses.
+        """
+        rows = tuple(self.rows[index] for index in indices)
+        ids = tuple(self.ids[index] for index in indices)
+        return CandidateLosses(self.policy, self.loss, rows, self.reference_sums[list(indices)], ids)
+
+
+@contextmanager
+def shifted(policy: Policy, direction: Params, step: float) -> Iterator[None]:
+    """Use theta + step * direction for the duration of a ``with`` block; theta is restored bit for bit.
+
+    Args:
+        policy: the policy.
+        direction: of the structure of the trainable parameters.
+        step: how far.
+    """
+    saved = {name: value.detach().clone() for name, value in policy.trainable().items()}
+    try:
+        with torch.no_grad():
+            for name, value in policy.trainable().items():
+                value.add_(direction[name].to(value), alpha=step)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in policy.trainable().items():
+                value.copy_(saved[name])
+
+
+class Scorer(Protocol):
+    """A way to compute directional derivatives, as a value."""
+
+    @property
+    def name(self) -> str: ...
+
+    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Tensor:
+        """d/dt l_k(theta + t u) at t = 0 for every candidate and direction.
+
+        Args:
+            losses: the vector of losses.
+            directions: vectors u of any length.
+            advance: progress, told candidates per forward pass.
+
+        Returns:
+            (candidates, directions) float64 on the CPU.
+        """
+        ...
+
+    def passes(self, n_directions: int) -> int:
+        """Forward passes over all candidates, for the progress bar.
+
+        Args:
+            n_directions: number of directions.
+
+        Returns:
+            Passes.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ForwardMode:
+    """Exact derivatives by one forward-mode pass per direction (``torch.func.jvp``)."""
+
+    name: str = "jvp"
+
+    def passes(self, n_directions: int) -> int:
+        """One per direction."""
+        return n_directions
+
+    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Tensor:
+        """See :class:`Scorer`; attention runs on the kernel that supports forward mode."""
+        theta = {name: value.detach() for name, value in losses.policy.trainable().items()}
+        out = torch.zeros(len(losses.rows), len(directions), dtype=torch.float64)
+        with torch.no_grad(), second_order_attention():
+            for column, direction in enumerate(directions):
+                tangent = {name: direction[name].to(value) for name, value in theta.items()}
+                for batch in losses.batches():
+                    _, slope = torch.func.jvp(lambda p, rows=batch: losses.of(rows, p), (theta,), (tangent,))
+                    out[batch, column] = slope.double().cpu()
+                    advance.advance(len(batch))
+        return out
+
+
+@dataclass(frozen=True)
+class Central:
+    """Central differences (l(theta + eps u) - l(theta - eps u)) / 2 eps with ||u|| = 1: two no-grad forwards.
+
+    Attributes:
+        step: eps, or None to choose it from a probe (see :func:`choose_step`).
+    """
+
+    step: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name with parameters."""
+        return "central" if self.step is None else f"central(step={self.step:g})"
+
+    def passes(self, n_directions: int) -> int:
+        """Two per direction."""
+        return 2 * n_directions
+
+    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Tensor:
+        """See :class:`Scorer`."""
+        out = torch.zeros(len(losses.rows), len(directions), dtype=torch.float64)
+        for column, direction in enumerate(directions):
+            u, length = unit(direction)
+            if length == 0.0:
+                continue
+            step = choose_step(losses, u) if self.step is None else self.step
+            with shifted(losses.policy, u, step):
+                above = losses.values(advance)
+            with shifted(losses.policy, u, -step):
+                below = losses.values(advance)
+            out[:, column] = (above - below) / (2.0 * step) * length
+        return out
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """One-sided differences (l(theta + eps u) - l(theta)) / eps: one no-grad forward per direction, one in all for l(theta).
+
+    Attributes:
+        step: eps, or None to choose it from a probe.
+    """
+
+    step: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name with parameters."""
+        return "one_sided" if self.step is None else f"one_sided(step={self.step:g})"
+
+    def passes(self, n_directions: int) -> int:
+        """One per direction and one for the base."""
+        return n_directions + 1
+
+    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Tensor:
+        """See :class:`Scorer`."""
+        base = losses.values(advance)
+        out = torch.zeros(len(losses.rows), len(directions), dtype=torch.float64)
+        for column, direction in enumerate(directions):
+            u, length = unit(direction)
+            if length == 0.0:
+                continue
+            step = choose_step(losses, u, target=0.001) if self.step is None else self.step
+            with shifted(losses.policy, u, step):
+                above = losses.values(advance)
+            out[:, column] = (above - base) / step * length
+        return out
+
+
+def choose_step(losses: CandidateLosses, direction: Params, target: float = 0.005, probe: int = 8) -> float:
+    """Choose eps so that a probe's losses change by about ``target`` nats per answer token.
+
+    That is large against float32 round-off in a loss (about 1e-6 relative) and small against the scale on which
+    the loss bends. The probe is spread evenly over the candidates in length order.
+
+    Args:
+        losses: the vector of losses.
+        direction: unit vector.
+        target: root mean square change sought, nats per token for length-normalised losses; for losses of summed
+            log-probabilities it is multiplied by the mean answer length.
+        probe: candidates used.
+
+    Returns:
+        eps in [1e-4, 1].
+    """
+    order = [index for batch in losses.batches() for index in batch]
+    chosen = order[:: max(1, len(order) // probe)][:probe]
+    part = losses.subset(chosen)
+    scale = target
+    if losses.loss.needs_reference:
+        scale *= sum(row.n_answer for row in part.rows) / len(part.rows)
+    trial = 0.02
+    with shifted(losses.policy, direction, trial):
+        above = part.values()
+    with shifted(losses.policy, direction, -trial):
+        below = part.values()
+    slope = float((((above - below) / (2 * trial)) ** 2).mean().sqrt())
+    return min(1.0, max(1e-4, scale / slope)) if slope > 0 else trial
+
+
+def agreement(losses: CandidateLosses, directions: Sequence[Params], found: Tensor, sample: int = 6) -> float | None:
+    """Relative disagreement of a scorer with exact forward-mode derivatives on a sample of candidates.
+
+    Args:
+        losses: the vector of losses.
+        directions: the directions scored; the first is checked.
+        found: (n, directions) the scorer's derivatives.
+        sample: candidates checked, spread over the set by id.
+
+    Returns:
+        ||found - exact|| / ||exact|| over the sample, or None when the exact derivatives are all 0.
+    """
+    order = sorted(range(len(losses.rows)), key=lambda index: losses.ids[index])
+    chosen = order[:: max(1, len(order) // sample)][:sample]
+    exact = ForwardMode().derivatives(losses.subset(chosen), directions[:1], Quiet())[:, 0]
+    size = float(exact.norm())
+    return float((found[chosen, 0] - exact).norm()) / size if size > 0 else None
+
+
+def make_scorer(section: SolveSection) -> Scorer:
+    """Turn the configured name into a scorer value.
+
+    Args:
+        section: options of the outer problem.
+
+    Returns:
+        The scorer.
+    """
+    scorers: dict[str, Scorer] = {"central": Central(), "one_sided": OneSided(), "jvp": ForwardMode()}
+    return scorers[section.scorer]

@@ -1,0 +1,325 @@
+"""Stage 3, the entry: which negatives to unlearn, and how strongly.
+
+Warm-up from theta_0, then rounds: score all candidates at theta*(omega), add a block of the best, move the weights
+by mirror descent, solve the inner problem again, and stop when J on held-out pairs no longer rises.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from u2a.bilevel.gains import Folds, Gains, OuterProblem, compute_gains, split_preference
+from u2a.bilevel.objective import Item, Objective, objective_values
+from u2a.bilevel.select import decide, top_block
+from u2a.bilevel.weight import drop_small, frank_wolfe_gap, mirror_step, penalty, refine
+from u2a.errors import ConfigError
+from u2a.modeling import Policy
+from u2a.progress import Console
+from u2a.stream import permutation
+from u2a.types import Round, ScoreTable, Solution, WeightRow, derive_seed
+from u2a.unlearn import InnerProblem, unlearn
+
+__all__ = ["OuterProblem", "n_to_select", "random_weights", "score", "solve"]
+
+
+def n_to_select(inner: InnerProblem, outer: OuterProblem) -> int:
+    """Return the most candidates the options allow to select.
+
+    Args:
+        inner: the candidates.
+        outer: ``n_selected``, or ``selected_frac`` of the candidates.
+
+    Returns:
+        Between 1 and the number of candidates.
+
+    Raises:
+        ConfigError: ``n_selected`` is larger than the number of candidates, or there is no candidate.
+    """
+    n = len(inner.forget)
+    if n == 0:
+        raise ConfigError("no candidate to score (the forget set is empty)")
+    wanted = outer.section.n_selected
+    if wanted is not None and wanted > n:
+        raise ConfigError(f"solve.n_selected: {wanted} is more than the {n} candidates (lower it to at most {n})")
+    return wanted if wanted is not None else max(1, round(outer.section.selected_frac * n))
+
+
+def random_weights(inner: InnerProblem, k: int, seed: int) -> dict[str, float]:
+    """Draw k candidates at random with equal weights (the control of every selection).
+
+    Args:
+        inner: the candidates.
+        k: how many, at most all.
+        seed: of the draw; it depends on the candidates' ids, not on their order.
+
+    Returns:
+        Weights by id, summing to 1; empty for k = 0.
+    """
+    ids = sorted(row.id for row in inner.forget)
+    return {ids[index]: 1.0 / k for index in permutation(seed, 0, len(ids))[:k]}
+
+
+def score(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Console) -> ScoreTable:
+    """Only score: predict for every candidate how much unlearning it would raise J.
+
+    Args:
+        policy: the policy; it is left after the warm-up.
+        inner: candidates and inner options.
+        outer: PA pairs and outer options.
+        console: progress.
+
+    Returns:
+        Gains with their uncertainty. All PA pairs are used, none is held out.
+    """
+    outer = replace(outer, section=outer.section.model_copy(update={"heldout_frac": 0.0}))
+    _warm_up(policy, inner, outer, console)
+    return compute_gains(policy, inner, outer, split_preference(outer), inner.uniform(), console).table
+
+
+@dataclass
+class _State:
+    """What changes from round to round. ``weights`` is (candidates,) float64, all 0 before the first block."""
+
+    weights: Tensor
+    best_weights: Tensor
+    best_value: float = -math.inf
+    stale: int = 0
+    rounds: list[Round] = field(default_factory=list)
+    last: Gains | None = None
+    stopped: str = "rounds used up"
+
+
+def solve(
+    policy: Policy,
+    inner: InnerProblem,
+    outer: OuterProblem,
+    console: Console,
+    on_round: Callable[[Round], None] | None = None,
+) -> Solution:
+    """Find the weights omega that minimise g(omega) = -J(theta*(omega)) + beta sum omega^p on the simplex.
+
+    Args:
+        policy: the policy; it is left at some theta (reset it, or unlearn with the solution's weights).
+        inner: candidates, retain rows and inner options.
+        outer: PA pairs and outer options.
+        console: progress.
+        on_round: told each round as it ends.
+
+    Returns:
+        Weights, rounds, scores, why it stopped and whether it fell back.
+
+    Raises:
+        ConfigError: more to select than candidates.
+        NonFiniteError: a number is not finite.
+
+    Source: arXiv 2504.06659, algorithm 1 (greedy selection, eq. 8, and multiplicative weights, eq. 10).
+    Departs: block-greedy; gains carry standard errors and may be refused; held-out stop; guard in every inner run.
+    """
+    most = n_to_select(inner, outer)
+    folds = split_preference(outer)
+    monitor = _Monitor(policy, outer.objective_value(), folds)
+    _warm_up(policy, inner, outer, console)
+    zero = torch.zeros(len(inner.forget), dtype=torch.float64)
+    state = _State(zero, zero)
+    steps = outer.section.inner_steps or inner.section.max_steps
+    inner = replace(inner, section=inner.section.model_copy(update={"max_steps": steps}))
+    for index in range(outer.section.rounds):
+        start = time.monotonic()
+        gains = compute_gains(policy, inner, outer, folds, _mapping(inner, state.weights) or inner.uniform(), console)
+        if index == 0:
+            choice = decide(gains.statistics, gains.estimates, outer.section.fallback)
+            if choice != "none":
+                return _fallback(inner, outer, gains, choice, most)
+        gap = frank_wolfe_gap(state.weights, -gains.estimates) if bool(state.weights.any()) else None
+        if gap is not None and gap <= outer.section.gap_tol * _unit(gains):
+            state.stopped = "Frank-Wolfe gap below tolerance"
+            break
+        state.last = gains
+        added, dropped = _update(state, inner, outer, most)
+        if not bool(state.weights.any()):
+            state.stopped = "no candidate promises a gain"
+            break
+        with console.phase(f"inner run, round {index + 1}", steps, "steps") as advance:
+            result = unlearn(policy, inner, _mapping(inner, state.weights), arm=f"round {index}", advance=advance)
+        value_pa, value_heldout = monitor.measure()
+        record = Round(
+            index=index,
+            objective_pa=value_pa,
+            objective_heldout=value_heldout,
+            retain_ppl=result.retain_ppl_end,
+            fw_gap=gap,
+            n_selected=int((state.weights > 0).sum()),
+            added=added,
+            dropped=dropped,
+            accepted=bool(added),
+            split_half=gains.table.reliability.split_half,
+            seconds=time.monotonic() - start,
+        )
+        state.rounds.append(record)
+        if on_round:
+            on_round(record)
+        if _stop(state, value_pa if value_heldout is None else value_heldout, outer, bool(added)):
+            break
+    return _solution(inner, state, "none")
+
+
+class _Monitor:
+    """J on the PA folds and on the held-out pairs."""
+
+    def __init__(self, policy: Policy, objective: Objective, folds: Folds) -> None:
+        self._policy, self._objective = policy, objective
+        self._pairs = [pair for fold in folds.folds for pair in fold]
+        self._heldout = list(folds.heldout)
+        self._prepared: tuple[list[Item], list[Item]] | None = None
+
+    def measure(self) -> tuple[float, float | None]:
+        """(J on the PA pairs, J on the held-out pairs or None) at the policy's current theta.
+
+        An objective that draws answers draws them anew at each call, since its value holds where they were drawn.
+        """
+        sets = [self._objective.prepare(self._policy, pairs) for pairs in (self._pairs, self._heldout)]
+        values = [objective_values(self._objective, self._policy, items) for items in sets]
+        return float(values[0].mean()), float(values[1].mean()) if len(values[1]) else None
+
+
+def _warm_up(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Console) -> None:
+    """A few uniform steps, since at LoRA's start (B = 0) the gradient with respect to A vanishes."""
+    steps = outer.section.warmup_steps
+    if steps == 0:
+        policy.reset()
+        return
+    with console.phase("warm-up", steps, "steps") as advance:
+        unlearn(policy, inner.shortened(steps), inner.uniform(), arm="warm-up", advance=advance)
+
+
+def _unit(gains: Gains) -> float:
+    """The unit of rates and tolerances: the sd of the estimates (1 when they are all equal)."""
+    spread = float(gains.estimates.std(correction=0))
+    return spread if spread > 0 else 1.0
+
+
+def _update(
+    state: _State, inner: InnerProblem, outer: OuterProblem, most: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Add a block if a finite step towards it lowers g, refine the weights, drop small ones; returns ids."""
+    gains, section = state.last, outer.section
+    assert gains is not None
+    ids = [row.id for row in inner.forget]
+    taken = (state.weights > 0).tolist()
+    size = min(math.ceil(most / section.rounds), most - sum(taken))
+    block = top_block(gains.estimates, ids, taken, size)
+    unit = _unit(gains)
+    beta = section.sparsity * unit
+    trial = with_block(state.weights, block)
+    if block and finite_step(state.weights, trial, gains.estimates, beta, section.sparsity_p) >= 0.0:
+        block, trial = [], state.weights
+    if not bool(trial.any()):
+        return (), ()
+    rate = section.mirror_rate / unit
+    refined = refine(trial, -gains.estimates, rate, section.mirror_steps, beta, section.sparsity_p)
+    refined = drop_small(refined, section.drop_below)
+    dropped = tuple(ids[k] for k in range(len(ids)) if bool(trial[k] > 0) and not bool(refined[k] > 0))
+    state.weights = refined
+    return tuple(ids[k] for k in block), dropped
+
+
+def with_block(weights: Tensor, block: list[int]) -> Tensor:
+    """Give each new member the average weight and scale the old ones to make room.
+
+    Args:
+        weights: (n,) omega on the simplex, or all 0.
+        block: indices of new members.
+
+    Returns:
+        (n,) trial weights on the simplex (all 0 when there is neither support nor block).
+    """
+    support = int((weights > 0).sum())
+    if not block:
+        return weights.clone()
+    trial = weights * (support / (support + len(block)))
+    trial[block] = 1.0 / (support + len(block))
+    return trial
+
+
+def finite_step(weights: Tensor, trial: Tensor, gains: Tensor, beta: float, p: float) -> float:
+    """Predicted change of g from omega to the trial weights: linear data term, exact penalty.
+
+    Args:
+        weights: (n,) omega, or all 0 (then the data term counts from J at theta_0).
+        trial: (n,) trial weights.
+        gains: (n,) estimates of -dJ-part of the gradient.
+        beta: strength of the penalty.
+        p: its exponent.
+
+    Returns:
+        Delta g; negative = accept.
+    """
+    data = -float(((trial - weights) * gains).sum())
+    return data + penalty(trial, beta, p) - penalty(weights, beta, p)
+
+
+def _stop(state: _State, value: float, outer: OuterProblem, added: bool) -> bool:
+    """Remember the best weights; True when held-out J has been stale for too long or no block was accepted."""
+    if value > state.best_value:
+        state.best_value, state.best_weights, state.stale = value, state.weights, 0
+    else:
+        state.stale += 1
+    if state.stale >= outer.section.patience:
+        state.stopped = "held-out J no longer rises (rolled back to the best round)"
+        return True
+    if not added:
+        state.stopped = "no acceptable candidate"
+        return True
+    return False
+
+
+def _mapping(inner: InnerProblem, weights: Tensor) -> dict[str, float]:
+    return {row.id: float(w) for row, w in zip(inner.forget, weights, strict=True) if float(w) > 0}
+
+
+def _solution(inner: InnerProblem, state: _State, fallback: str) -> Solution:
+    assert state.last is not None
+    estimates = state.last.estimates
+    rows = []
+    for k, row in enumerate(inner.forget):
+        weight = float(state.best_weights[k])
+        reason = (
+            "selected"
+            if weight > 0
+            else "no gain promised"
+            if float(estimates[k]) <= 0
+            else "ranked below the selected"
+        )
+        rows.append(WeightRow(id=row.id, weight=weight, estimate=float(estimates[k]), reason=reason))
+    return Solution(
+        rows=tuple(rows),
+        rounds=tuple(state.rounds),
+        scores=state.last.table,
+        stopped=state.stopped,
+        fallback=fallback,  # type: ignore[arg-type]
+    )
+
+
+def _fallback(inner: InnerProblem, outer: OuterProblem, gains: Gains, choice: str, most: int) -> Solution:
+    """Uniform weights on a random draw, or nothing at all."""
+    weights: Mapping[str, float] = {}
+    stopped = "no candidate promises a gain: nothing is unlearned"
+    if choice == "random_k":
+        weights = random_weights(inner, most, derive_seed(outer.seed, "fallback"))
+        stopped = "no signal among the gains: a random draw with equal weights"
+    rows = tuple(
+        WeightRow(
+            id=row.id,
+            weight=weights.get(row.id, 0.0),
+            estimate=float(gains.estimates[k]),
+            reason="random draw (no signal)" if row.id in weights else stopped.split(":")[0],
+        )
+        for k, row in enumerate(inner.forget)
+    )
+    return Solution(rows=rows, scores=gains.table, stopped=stopped, fallback=choice)  # type: ignore[arg-type]

@@ -1,0 +1,167 @@
+"""The command line: ``u2a run`` does everything, and every stage can be run alone on saved records."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from u2a.errors import ConfigError, U2AError
+
+STAGES = {
+    "partition": "cut the data into disjoint sets by prompt",
+    "reward": "score every negative with a reward model",
+    "score": "predict what unlearning each negative would do (also without a configuration file)",
+    "solve": "find which negatives to unlearn and how strongly",
+    "unlearn": "unlearn the weighted set and run the controls",
+    "evaluate": "measure every arm on held-out data",
+    "report": "write report.html, summary.json and the model card from the records",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line.
+
+    Returns:
+        The parser.
+    """
+    parser = argparse.ArgumentParser(prog="u2a", description="Align a language model by unlearning its bad answers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in {"run": "all stages, from data to an aligned model and a report", **STAGES}.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("config", nargs="?", help="YAML file (see: u2a config --print)")
+        _add_options(command)
+        if name == "score":
+            command.add_argument("--model", help="hub id, directory, or package:NAME")
+            command.add_argument("--forget", help="negatives: prompt and completion")
+            command.add_argument("--prefs", help="preference pairs: prompt, chosen, rejected")
+            command.add_argument("--retain", help="ordinary instructions (optional)")
+            command.add_argument("--out", help="where to write one JSON line per negative")
+    demo = commands.add_parser("demo", help="the packaged demo: a real chat model and a help desk's bad answers")
+    _add_options(demo)
+    config = commands.add_parser("config", help="print or check options")
+    config.add_argument("config", nargs="?", help="YAML file to check")
+    config.add_argument("--print", action="store_true", dest="show", help="every option, default, range and meaning")
+    _add_options(config)
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.OPTION=VALUE", dest="overrides", help="change an option"
+    )
+    command.add_argument("--preset", help="start from a preset: paper")
+    command.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words after ``u2a``; None takes those of the process.
+
+    Returns:
+        Exit status: 0; 1 for a number that is not finite or a solve that did not converge; 2 for bad input.
+    """
+    options = build_parser().parse_args(arguments)
+    handlers: dict[str, Callable[[argparse.Namespace], None]] = {
+        "run": _run, "demo": _demo, "config": _config, "score": _score, "partition": _partition,
+        "reward": _stage, "solve": _stage, "unlearn": _stage, "evaluate": _stage, "report": _report,
+    }  # fmt: skip
+    try:
+        handlers[options.command](options)
+    except U2AError as error:
+        print(f"u2a {options.command}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"u2a {options.command}: interrupted; completed stages are kept, run it again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _loaded(options: argparse.Namespace) -> RunConfig:  # noqa: F821 - imported where needed
+    from u2a.config import load_config
+
+    if options.config is None:
+        raise ConfigError("no configuration file (u2a config --print > config.yaml makes one)")
+    return load_config(options.config, options.overrides, options.preset)
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = _loaded(options)
+    from u2a.progress import Console
+    from u2a.run import run
+
+    run(config, Console(quiet=options.quiet))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from u2a.config import load_config
+
+    path = Path(str(files("u2a") / "assets" / "demo" / "config.yaml"))
+    config = load_config(path, options.overrides, options.preset)
+    from u2a.progress import Console
+    from u2a.run import run
+
+    run(config, Console(quiet=options.quiet))
+
+
+def _config(options: argparse.Namespace) -> None:
+    from u2a.config import load_config, print_options
+
+    if options.show and options.config is None and not options.overrides and options.preset is None:
+        print(print_options(), end="")
+        return
+    config = load_config(options.config, options.overrides, options.preset)
+    if options.show:
+        import yaml
+
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+    else:
+        print("the configuration is valid")
+
+
+def _partition(options: argparse.Namespace) -> None:
+    config = _loaded(options)
+    from u2a.pipeline import Pipeline
+    from u2a.progress import Console
+
+    pipeline = Pipeline(config, Console(quiet=options.quiet), only="partition")
+    pipeline.partition  # noqa: B018 - computed, checked and saved on access
+
+
+def _stage(options: argparse.Namespace) -> None:
+    config = _loaded(options)
+    from u2a.run import run_stage
+
+    run_stage(config, options.command, options.quiet)
+
+
+def _report(options: argparse.Namespace) -> None:
+    config = _loaded(options)
+    from u2a.report import write_report
+    from u2a.run_records import RunRecords
+
+    folder = Path(config.output_dir)
+    print(write_report(RunRecords.load(folder), folder / "report.html"))
+
+
+def _score(options: argparse.Namespace) -> None:
+    given = [name for name in ("model", "forget", "prefs", "out") if getattr(options, name)]
+    if options.config is not None:
+        if given:
+            raise ConfigError(f"score: give a configuration file or --{given[0]} ..., not both")
+        _stage(options)
+        return
+    missing = [f"--{name}" for name in ("model", "forget", "prefs", "out") if not getattr(options, name)]
+    if missing:
+        raise ConfigError(f"score: {', '.join(missing)} missing (or give a configuration file)")
+    from u2a.run import score_files
+
+    score_files(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Intervals: Wilson for rates, seeded cluster bootstrap for means, ratios and paired differences.
+
+The unit is the prompt: rows of one prompt are drawn together, because their values are not independent.
+All intervals are two-sided 95 % unless ``level`` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+_CHUNK = 256  # resamples drawn at a time, which bounds memory at _CHUNK x clusters
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point estimate with its interval.
+
+    Attributes:
+        value: the estimate, or None without data.
+        low, high: ends of the interval, or None where it is undefined (fewer than two clusters).
+        n: clusters (prompts), or trials for a rate.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of a rate.
+
+    Args:
+        successes: count in [0, n]; a tie may count one half.
+        n: independent trials, >= 0.
+        level: coverage in (0, 1).
+
+    Returns:
+        The rate and its interval inside [0, 1]; all None for ``n = 0``.
+
+    Source: Wilson (1927), J. Am. Stat. Assoc. 22, 209-212.
+
+    >>> interval = wilson(54, 520)
+    >>> round(interval.low, 3), round(interval.high, 3)
+    (0.08, 0.133)
+    """
+    if n == 0:
+        return Interval(None, None, None, 0)
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+    return Interval(rate, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def bootstrap_mean(
+    values: Mapping[str, float], groups: Mapping[str, str], resamples: int, seed: int, level: float = 0.95
+) -> Interval:
+    """Mean over items with a percentile interval from resampling whole prompts.
+
+    Args:
+        values: finite value by item id.
+        groups: prompt key by item id; ids that are missing form clusters of their own.
+        resamples: bootstrap resamples, >= 1.
+        seed: seed of the resampling.
+        level: coverage in (0, 1).
+
+    Returns:
+        Mean over items and interval; ``n`` counts prompts.
+    """
+    ones = dict.fromkeys(values, 1.0)
+    return bootstrap_ratio(values, ones, groups, resamples, seed, level)
+
+
+def bootstrap_ratio(
+    numerator: Mapping[str, float],
+    denominator: Mapping[str, float],
+    groups: Mapping[str, str],
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> Interval:
+    """Ratio of two sums over items, for example NLL per token; arguments as in :func:`bootstrap_mean`.
+
+    Args:
+        numerator: finite value by item id.
+        denominator: positive value by the same ids.
+        groups: prompt key by item id.
+        resamples: bootstrap resamples, >= 1.
+        seed: seed of the resampling.
+        level: coverage in (0, 1).
+
+    Returns:
+        Ratio of the sums and interval; ``n`` counts prompts.
+    """
+    table, n = _cluster_sums([numerator, denominator], groups)
+    if n == 0:
+        return Interval(None, None, None, 0)
+    draws = _resampled(table, n, resamples, seed)
+    total = table.sum(0)
+    return _percentile(float(total[0] / total[1]), draws[:, 0] / draws[:, 1], n, level)
+
+
+def paired_difference(
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    groups: Mapping[str, str],
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> Interval:
+    """Mean difference first minus second over the items both have, prompts resampled together.
+
+    Args:
+        first: finite value by item id.
+        second: the same for the other arm; items of only one arm are left out.
+        groups: prompt key by item id.
+        resamples: bootstrap resamples, >= 1.
+        seed: seed of the resampling.
+        level: coverage in (0, 1).
+
+    Returns:
+        Mean difference and interval; ``n`` counts shared prompts.
+    """
+    shared = {key: value - second[key] for key, value in first.items() if key in second}
+    return bootstrap_mean(shared, groups, resamples, seed, level)
+
+
+def paired_perplexity_difference(
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    tokens: Mapping[str, float],
+    groups: Mapping[str, str],
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """Difference of two perplexities exp(sum NLL / sum tokens) on the same rows, prompts resampled together.
+
+    Args:
+        first: summed NLL in nats by row id, of one arm.
+        second: the same of the other arm, on equal rows.
+        tokens: answer tokens by row id.
+        groups: prompt key by row id.
+        resamples: bootstrap resamples, >= 1.
+        seed: seed of the resampling.
+
+    Returns:
+        Difference and 95 % interval; all None when a perplexity overflows.
+    """
+    table, n = _cluster_sums([first, second, tokens], groups)
+    if n == 0:
+        return Interval(None, None, None, 0)
+    sums = np.vstack([table.sum(0), _resampled(table, n, resamples, seed)])
+    with np.errstate(over="ignore", invalid="ignore"):
+        differences = np.exp(sums[:, 0] / sums[:, 2]) - np.exp(sums[:, 1] / sums[:, 2])
+    if not np.isfinite(differences).all():
+        return Interval(None, None, None, n)
+    return _percentile(float(differences[0]), differences[1:], n, 0.95)
+
+
+def rate_interval(values: Mapping[str, float], groups: Mapping[str, str], resamples: int, seed: int) -> Interval:
+    """Interval of a rate: Wilson where every prompt has one value or all values agree, else cluster bootstrap.
+
+    Args:
+        values: 0, 1/2 or 1 by item id.
+        groups: prompt key by item id.
+        resamples: bootstrap resamples, >= 1.
+        seed: seed of the resampling.
+
+    Returns:
+        Rate over items and interval; ``n`` counts prompts.
+    """
+    n = len({groups.get(key, key) for key in values})
+    if n == len(values) or len(set(values.values())) == 1:
+        rate = sum(values.values()) / len(values) if values else 0.0
+        return wilson(rate * n, n)
+    return bootstrap_mean(values, groups, resamples, seed)
+
+
+def pearson(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Pearson correlation.
+
+    Args:
+        first: finite numbers.
+        second: as many.
+
+    Returns:
+        The correlation in [-1, 1], or None with fewer than three points or a constant side.
+    """
+    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    value = float(np.corrcoef(first, second)[0, 1])
+    return max(-1.0, min(1.0, value)) if np.isfinite(value) else None
+
+
+def _cluster_sums(columns: Sequence[Mapping[str, float]], groups: Mapping[str, str]) -> tuple[np.ndarray, int]:
+    """Sum each column within clusters: (clusters, columns), clusters in sorted order of their key."""
+    keys = sorted(columns[0])
+    names = sorted({groups.get(key, key) for key in keys})
+    place = {name: index for index, name in enumerate(names)}
+    table = np.zeros((len(names), len(columns)))
+    for key in keys:
+        table[place[groups.get(key, key)]] += [column[key] for column in columns]
+    return table, len(names)
+
+
+def _resampled(table: np.ndarray, n: int, resamples: int, seed: int) -> np.ndarray:
+    """Column sums of ``resamples`` draws of n clusters with replacement: (resamples, columns)."""
+    generator = np.random.default_rng(seed)
+    shares = np.full(n, 1.0 / n)
+    sizes = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
+    return np.vstack([generator.multinomial(n, shares, size=size) @ table for size in sizes])
+
+
+def _percentile(value: float, draws: np.ndarray, n: int, level: float) -> Interval:
+    if n < 2:
+        return Interval(value, None, None, n)
+    low, high = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(value, float(low), float(high), n)

@@ -1,0 +1,434 @@
+"""The whole run: stage by stage, each handing on one record that is saved, so that a stopped run goes on.
+
+Every stage has a key, the hash of its options and of what it was computed from. A stage whose record is saved under
+the same key is read back instead of being run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from u2a.bilevel.solve import OuterProblem, random_weights, score, solve
+from u2a.config import RunConfig
+from u2a.data import Source
+from u2a.encoding import Encoder
+from u2a.errors import RecordError
+from u2a.evaluation.evaluate import ArmResult, build_table, evaluate_arm
+from u2a.evaluation.expected_reward import sampled_reward
+from u2a.finetune import finetune, mixture, n_steps
+from u2a.modeling import Policy, load_model, load_tokenizer
+from u2a.partition import describe, partition
+from u2a.progress import Console
+from u2a.reward.analysis import analyse, build_reward_model, evaluation_section, reward_card
+from u2a.reward.base import RewardModel
+from u2a.types import (
+    EvalTable,
+    Example,
+    Pair,
+    Partition,
+    Record,
+    RewardCard,
+    RewardTable,
+    Round,
+    ScoreTable,
+    Solution,
+    UnlearnResult,
+    content_id,
+    derive_seed,
+    write_whole,
+)
+from u2a.unlearn import InnerProblem, unlearn
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+SOLUTION_ARM = "u2a"
+
+
+class Pipeline:
+    """One run in one directory.
+
+    Args:
+        config: all options.
+        console: progress and messages.
+        sources: rows in memory by the name of their option in ``data``; they win over the options.
+        model: a loaded model to use instead of ``model.name_or_path``; its adapter is added by the run.
+        tokenizer: its tokenizer.
+        only: compute this stage alone and read the others' records (``reward``, ``score``, ``solve``, ``unlearn`` or
+            ``evaluate``); None computes whatever is not there yet.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        console: Console,
+        sources: Mapping[str, Source] | None = None,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        only: str | None = None,
+    ) -> None:
+        self.config, self.console = config, console
+        self.dir = Path(config.output_dir)
+        self._sources, self._model, self._tokenizer = sources, model, tokenizer
+        self._only = only
+        self._memory: dict[str, Record] = {}
+
+    # --- what stages share -----------------------------------------------------------------------
+
+    @cached_property
+    def partition(self) -> Partition:
+        """Stage 1, checked: rows, sizes, leaks, and that every prompt fits (before any model is loaded)."""
+        result = partition(self.config, self._sources)
+        self.console.say("Partition")
+        for line in [*describe(result), *self._lengths(result)]:
+            self.console.say(f"  {line}")
+        result.save(self.dir / "partition.json")
+        return result
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+        return load_tokenizer(self.config.model) if self._tokenizer is None else self._tokenizer
+
+    def _lengths(self, sets: Partition) -> list[str]:
+        """Tokenise every row; a prompt that leaves no room is an error, cut answers are counted."""
+        encoder = Encoder(self.tokenizer, self.config.data.max_length)
+        rows: list[tuple[Example | Pair, str]] = [(row, row.completion) for row in (*sets.forget, *sets.retain)]
+        for pair in (*sets.finetune, *sets.preference, *sets.evaluation):
+            rows += [(pair, pair.chosen), (pair, pair.rejected)]
+        cut = sum(encoder.encode(row.prompt, text, row.source).n_cut > 0 for row, text in rows)
+        return [f"truncated  {cut:>7} of {len(rows)} answers at data.max_length {self.config.data.max_length} tokens"]
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The policy with its adapter, after the misaligned start where there is one."""
+        policy = self._policy_around(self._base())
+        if self.config.finetune.enabled:
+            policy = self._misaligned(policy)
+        return policy
+
+    def _base(self) -> PreTrainedModel:
+        if self._model is not None:
+            return self._model
+        with self.console.phase("load model"):
+            return load_model(self.config.model)
+
+    def _policy_around(self, model: PreTrainedModel) -> Policy:
+        config = self.config
+        return Policy(
+            model, self.tokenizer, config.model.adapter, config.data.max_length, config.token_budget, config.seed
+        )
+
+    def _misaligned(self, policy: Policy) -> Policy:
+        """Fine-tune on the mixture, or read the merged model back."""
+        folder, key = self.dir / "base", self._key("finetune", self.partition.fingerprint, "model", "finetune", "data")
+        if self._done("finetune", key) and folder.is_dir():
+            self.console.say("  misaligned start: read back")
+            return self._policy_around(load_model(self.config.model.model_copy(update={"name_or_path": str(folder)})))
+        model = self._finetuned(policy, leave_out_forget=False)
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self._mark("finetune", key)
+        return self._policy_around(model)
+
+    def _finetuned(self, policy: Policy, leave_out_forget: bool) -> PreTrainedModel:
+        section, seed = self.config.finetune, derive_seed(self.config.seed, "finetune")
+        rows = mixture(self.partition, section, seed, leave_out_forget)
+        name = "retrain" if leave_out_forget else "misaligned start"
+        with self.console.phase(name, n_steps(len(rows), section), "steps") as advance:
+            return finetune(policy, rows, section, seed, advance)
+
+    @cached_property
+    def inner(self) -> InnerProblem:
+        """The inner problem on the candidates that the reward analysis let through."""
+        kept = self.partition.forget
+        rewards = self.rewards()
+        if rewards is not None:
+            names = {row.id for row in rewards.rows if row.kept}
+            kept = tuple(row for row in kept if row.id in names)
+        parts = self.partition.retain_parts()
+        seed = derive_seed(self.config.seed, "unlearn")
+        return InnerProblem(kept, parts.train, parts.guard, self.config.unlearn, self.config.guard, seed)
+
+    @property
+    def outer(self) -> OuterProblem:
+        """The outer problem on the PA pairs."""
+        objective = None
+        if self.config.solve.objective == "reward":
+            samples = self.config.solve.reward_samples
+            tokens = self.config.evaluation.max_new_tokens
+            objective = sampled_reward(self._selecting_reward, samples, tokens, derive_seed(self.config.seed, "J"))
+        seed = derive_seed(self.config.seed, "solve")
+        return OuterProblem(self.partition.preference, self.config.solve, objective, seed)
+
+    # --- reward models ---------------------------------------------------------------------------
+
+    def _reward_halves(self) -> tuple[list[Pair], list[Pair]]:
+        """Pairs for the selecting and for the evaluating reward head: no prompt is in both."""
+        pairs = sorted(self.partition.reward, key=lambda pair: content_id(*(turn.content for turn in pair.prompt)))
+        groups: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            groups.setdefault(content_id(*(turn.content for turn in pair.prompt)), []).append(pair)
+        ordered = list(groups.values())
+        first = [pair for group in ordered[0::2] for pair in group]
+        return first, [pair for group in ordered[1::2] for pair in group]
+
+    def _trains_head(self, name: str) -> bool:
+        return name in ("embedding", "implicit")
+
+    @cached_property
+    def _selecting_reward(self) -> RewardModel:
+        section = self.config.reward
+        seed = derive_seed(self.config.seed, "reward")
+        policy = self.policy if section.model == "implicit" else None
+        model = build_reward_model(section, self._reward_halves()[0], policy, seed, self.console)
+        if model is None:
+            raise RecordError("reward.model is none: no reward model to score with")
+        return model
+
+    @cached_property
+    def _evaluating_reward(self) -> tuple[RewardModel, RewardCard] | None:
+        section = evaluation_section(self.config.reward)
+        pairs = self._reward_halves()[1]
+        model = build_reward_model(section, pairs, None, derive_seed(self.config.seed, "eval reward"), self.console)
+        if model is None:
+            return None
+        trained = len(pairs) if self._trains_head(section.model) else 0
+        return model, reward_card(model, self.partition.evaluation, trained)
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    def rewards(self) -> RewardTable | None:
+        """Stage 2: reward of every candidate.
+
+        Returns:
+            The table, or None with ``reward.model: none``.
+        """
+        section = self.config.reward
+        if section.model == "none":
+            return None
+        key = self._key("reward", self.partition.fingerprint, "reward", "model", "finetune")
+
+        def compute() -> RewardTable:
+            trained = len(self._reward_halves()[0]) if self._trains_head(section.model) else 0
+            return analyse(
+                self._selecting_reward, self.partition.forget, self.partition.preference, section, trained
+            )
+
+        return self._stage("reward", "rewards", RewardTable, key, compute)
+
+    def scores(self) -> ScoreTable:
+        """Only score the candidates (a run does this inside :meth:`solution`).
+
+        Returns:
+            Gains of all candidates; also ``scores.json``.
+        """
+        key = self._key("score", self.partition.fingerprint, "reward", "solve", "unlearn", "model", "finetune")
+
+        def compute() -> ScoreTable:
+            return score(self.policy, self.inner, self.outer, self.console)
+
+        return self._stage("score", "scores", ScoreTable, key, compute)
+
+    def solution(self) -> Solution:
+        """Stage 3: the weights.
+
+        Returns:
+            The solution; also ``solution.json`` and ``scores.json``.
+        """
+        result = self._stage("solve", "solution", Solution, self._solve_key, self._solve)
+        result.scores.save(self.dir / "scores.json")
+        return result
+
+    @cached_property
+    def _solve_key(self) -> str:
+        sections = ("reward", "solve", "unlearn", "guard", "model", "finetune", "data", "token_budget")
+        return self._key("solve", self.partition.fingerprint, *sections)
+
+    def _solve(self) -> Solution:
+        return solve(self.policy, self.inner, self.outer, self.console, on_round=self._log_round)
+
+    def _log_round(self, record: Round) -> None:
+        self._log("round", record.model_dump(mode="json"))
+
+    def arm_weights(self, arm: str) -> dict[str, float] | None:
+        """Weights of one arm; every control has as many samples as the solution.
+
+        Args:
+            arm: ``u2a`` or a name of ``evaluation.controls``.
+
+        Returns:
+            Weights by id, empty when nothing is unlearned, or None for ``retrain`` (which unlearns nothing).
+        """
+        weights = self.solution().weights
+        k = len(weights)
+        if arm == "retrain":
+            return None
+        if arm == SOLUTION_ARM or k == 0:
+            return weights
+        if arm == "random_k":
+            return random_weights(self.inner, k, derive_seed(self.config.seed, "random_k control"))
+        if arm == "full":
+            return self.inner.uniform()
+        if arm == "uniform_top_k":
+            return dict.fromkeys(weights, 1.0 / k)
+        rewards = self.rewards()
+        assert rewards is not None  # the configuration refuses lowest_reward_k without a reward model
+        kept = [row for row in rewards.rows if row.kept]
+        lowest = sorted(kept, key=lambda row: (row.reward, row.id))[:k]
+        return {row.id: 1.0 / k for row in lowest}
+
+    def unlearn_arm(self, arm: str) -> UnlearnResult | None:
+        """Stage 4 for one arm: unlearn from theta_0 and save the trained parameters; they are left in the policy.
+
+        Args:
+            arm: ``u2a`` or a control.
+
+        Returns:
+            The record, or None for an arm that unlearns nothing (the policy is at theta_0 then).
+        """
+        weights = self.arm_weights(arm)
+        if not weights:
+            self.policy.reset()
+            return None
+        path, key = self.dir / f"unlearn_{arm}.json", self._arm_key(arm, weights)
+        saved = self.dir / "arms" / f"{arm}.safetensors"
+        read_only = self._only not in (None, "unlearn")
+        if read_only or (self._done(f"unlearn_{arm}", key) and path.exists() and saved.exists()):
+            record = UnlearnResult.load(path)
+            self.policy.restore(load_file(saved))
+            return record
+        steps = self.config.unlearn.max_steps
+        checkpoints = self.dir / "checkpoints" / f"{arm}-{key}" if self.config.unlearn.save_steps else None
+        with self.console.phase(f"unlearn {arm}", steps, "steps") as advance:
+            result = unlearn(self.policy, self.inner, weights, arm, checkpoints, advance)
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        part = saved.with_suffix(".part")
+        save_file(self.policy.snapshot(), part)
+        part.replace(saved)
+        result.save(path)
+        for step in result.history:
+            self._log(f"unlearn_{arm}", step.model_dump(mode="json"))
+        self._mark(f"unlearn_{arm}", key)
+        return result
+
+    def _arm_key(self, arm: str, weights: Mapping[str, float]) -> str:
+        return content_id(self._solve_key, arm, json.dumps(dict(weights), sort_keys=True))
+
+    def evaluation(self) -> EvalTable:
+        """Stage 5: measure every arm on held-out data and compare.
+
+        Returns:
+            The table; also ``evaluation.json``, and one record per arm under ``arms/``.
+        """
+        section, seed = self.config.evaluation, self.config.seed
+        arms = {"before": self._evaluate("before")}
+        for arm in (SOLUTION_ARM, *section.controls):
+            arms["after" if arm == SOLUTION_ARM else arm] = self._evaluate(arm)
+        card = self._evaluating_reward[1] if self._evaluating_reward else None
+        table = build_table(arms, self.partition, section, seed, card, self.solution())
+        table.save(self.dir / "evaluation.json")
+        self._restore_solution()
+        return table
+
+    def _restore_solution(self) -> None:
+        """Leave the policy at the solution."""
+        self.unlearn_arm(SOLUTION_ARM)
+
+    def _evaluate(self, arm: str) -> ArmResult:
+        """Measure one arm, or read its measurement back."""
+        name = "after" if arm == SOLUTION_ARM else arm
+        weights = {} if arm in ("before", "retrain") else self.arm_weights(arm)
+        sections = [self._section(name) for name in ("evaluation", "reward", "finetune", "model")]
+        key = content_id(self._arm_key(arm, weights or {}), self.partition.fingerprint, *sections)
+
+        def compute() -> ArmResult:
+            policy = self.policy
+            if arm == "before":
+                policy.reset()
+            elif arm == "retrain":
+                policy = self._retrained()
+            else:
+                self.unlearn_arm(arm)
+            judge = self._evaluating_reward[0] if self._evaluating_reward else None
+            section, seed = self.config.evaluation, self.config.seed
+            return evaluate_arm(policy, self.partition, judge, section, seed, self.console, name)
+
+        return self._saved(f"arms/{name}", ArmResult, key, compute)
+
+    def _retrained(self) -> Policy:
+        """The baseline Retrain: the base model, fine-tuned on the mixture without the forget set."""
+        with self.console.phase("load model"):
+            base = load_model(self.config.model)
+        model = self._finetuned(self._policy_around(base), leave_out_forget=True)
+        return self._policy_around(model)
+
+    # --- records and keys ------------------------------------------------------------------------
+
+    def _stage(
+        self, stage: str, name: str, kind: type[AnyRecord], key: str, compute: Callable[[], AnyRecord]
+    ) -> AnyRecord:
+        """Compute a stage or read its record back; where another stage alone was asked for, only read."""
+        if self._only not in (None, stage):
+            return kind.load(self.dir / f"{name}.json")
+        return self._saved(name, kind, key, compute)
+
+    def _saved(self, name: str, kind: type[AnyRecord], key: str, compute: Callable[[], AnyRecord]) -> AnyRecord:
+        """Read a record back when its key is the saved one, else compute and save it."""
+        path = self.dir / f"{name}.json"
+        known = self._memory.get(name)
+        if isinstance(known, kind):
+            return known
+        if self._done(name, key) and path.exists():
+            self.console.say(f"  {name}: read back from {path}")
+            record = kind.load(path)
+        else:
+            record = compute()
+            record.save(path)
+            self._mark(name, key)
+        self._memory[name] = record
+        return record
+
+    def _section(self, name: str) -> str:
+        value = getattr(self.config, name)
+        return json.dumps(value.model_dump(mode="json") if hasattr(value, "model_dump") else value, sort_keys=True)
+
+    def _key(self, stage: str, upstream: str, *sections: str) -> str:
+        model = "" if self._model is None else str(getattr(self._model, "name_or_path", ""))
+        return content_id(stage, upstream, str(self.config.seed), model, *map(self._section, sections))
+
+    def _stages(self) -> dict[str, str]:
+        path = self.dir / "stages.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise RecordError(f"{path}: unreadable ({error}); delete it to run every stage again") from None
+
+    def _done(self, name: str, key: str) -> bool:
+        return self._stages().get(name) == key
+
+    def _mark(self, name: str, key: str) -> None:
+        write_whole(self.dir / "stages.json", json.dumps(self._stages() | {name: key}, indent=1) + "\n")
+
+    def _log(self, event: str, data: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        with (self.dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **data}, allow_nan=False) + "\n")
+
+
+def arms_of(config: RunConfig) -> Sequence[str]:
+    """Names of the arms that unlearn.
+
+    Args:
+        config: options.
+
+    Returns:
+        ``u2a`` and the controls, without ``retrain``.
+    """
+    return [SOLUTION_ARM, *(arm for arm in config.evaluation.controls if arm != "retrain")]

@@ -1,0 +1,158 @@
+"""Stage 2: build the configured reward model, say how good it is, and analyse the negatives with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from u2a.config import RewardSection
+from u2a.errors import ConfigError
+from u2a.evaluation.stats import pearson, wilson
+from u2a.modeling import Policy, pick_device
+from u2a.progress import Console
+from u2a.reward.base import RewardModel
+from u2a.reward.embedding import Embedder, train_embedding_reward
+from u2a.reward.implicit import train_implicit_reward
+from u2a.reward.models import load_sequence_classifier, load_token_value_head
+from u2a.types import Example, Pair, RewardCard, RewardRow, RewardTable
+
+
+def build_reward_model(
+    section: RewardSection, pairs: Sequence[Pair], policy: Policy | None, seed: int, progress: Console
+) -> RewardModel | None:
+    """Load or train the reward model of the options.
+
+    Args:
+        section: reward options; ``model`` and ``name_or_path`` are read (see :func:`evaluation_section`).
+        pairs: training pairs of ``embedding`` and ``implicit``; pretrained models ignore them.
+        policy: gives the device, and the model of ``implicit`` (which leaves it unchanged).
+        seed: seed of the training order.
+        progress: shows the phase ``reward model``.
+
+    Returns:
+        The reward model, or None for ``none``.
+
+    Raises:
+        ConfigError: ``implicit`` without a policy.
+        DataError: too few training pairs.
+        ModelError: a model cannot be loaded.
+    """
+    device = policy.device if policy is not None else pick_device("auto")
+    if section.model == "none":
+        return None
+    with progress.phase("reward model", unit="texts") as bar:
+        if section.model == "embedding":
+            return train_embedding_reward(Embedder(section.name_or_path, device), pairs, bar)
+        if section.model == "implicit":
+            if policy is None:
+                raise ConfigError("reward.model: implicit needs the policy, got none")
+            return train_implicit_reward(policy, pairs, seed, bar=bar)
+        if section.model == "sequence_classification":
+            return load_sequence_classifier(section.name_or_path, device)
+        return load_token_value_head(section.name_or_path, device)
+
+
+def evaluation_section(section: RewardSection) -> RewardSection:
+    """Return the options of the evaluation's reward model in the place of the analysis' ones.
+
+    Args:
+        section: reward options.
+
+    Returns:
+        A copy whose ``model`` and ``name_or_path`` are ``eval_model`` and ``eval_name_or_path``.
+    """
+    return section.model_copy(update={"model": section.eval_model, "name_or_path": section.eval_name_or_path})
+
+
+def reward_card(model: RewardModel, pairs: Sequence[Pair], n_train: int) -> RewardCard:
+    """Measure a reward model on pairs it was not trained on.
+
+    Args:
+        model: the reward model.
+        pairs: held-out pairs; a tie counts one half.
+        n_train: pairs it was trained on (0 = pretrained).
+
+    Returns:
+        The card: pair accuracy with a Wilson interval (over pairs: too narrow where many pairs share a
+        prompt), and the correlation of reward with answer length in characters over both answers.
+
+    Raises:
+        NonFiniteError: a reward is not finite.
+    """
+    prompts = [pair.prompt for pair in pairs]
+    chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    rewards = model.score([*prompts, *prompts], [*chosen, *rejected])
+    margins = rewards[: len(pairs)] - rewards[len(pairs) :]
+    accuracy = wilson(float((margins > 0).sum() + 0.5 * (margins == 0).sum()), len(pairs))
+    return RewardCard(
+        name=model.name,
+        n_train=n_train,
+        pair_accuracy=accuracy.value,
+        pair_accuracy_low=accuracy.low,
+        pair_accuracy_high=accuracy.high,
+        n_pairs=len(pairs),
+        length_correlation=pearson(rewards.tolist(), [float(len(text)) for text in (*chosen, *rejected)]),
+    )
+
+
+def analyse(
+    model: RewardModel,
+    forget: Sequence[Example],
+    preference: Sequence[Pair],
+    section: RewardSection,
+    n_train: int = 0,
+) -> RewardTable:
+    """Score every negative, mark its low-reward tokens, and pre-filter when the options ask for it.
+
+    The low-reward threshold is the ``section.quantile`` of the preference set's chosen answers: of their token
+    rewards, pooled, when the model gives them, else of their sequence rewards. rho_i, the proportion of
+    low-reward tokens, counts tokens strictly below it.
+
+    Args:
+        model: the reward model.
+        forget: negative candidates.
+        preference: PA pairs: they set the threshold, and the card is measured on them.
+        section: quantile and pre-filter; with ``prefilter_frac`` f the ceil(f n) candidates of lowest
+            reward are kept, ties by id.
+        n_train: pairs the model was trained on here, for the card.
+
+    Returns:
+        One row per candidate in the order given.
+
+    Raises:
+        NonFiniteError: a reward is not finite.
+    """
+    prompts, answers = [row.prompt for row in forget], [row.completion for row in forget]
+    tokens = model.token_rewards(prompts, answers)
+    rewards = model.score(prompts, answers).tolist()
+    threshold = _threshold(model, preference, section.quantile)
+    n_kept = math.ceil(section.prefilter_frac * len(forget))
+    order = sorted(range(len(forget)), key=lambda index: (rewards[index], forget[index].id))
+    kept = set(order[:n_kept])
+    rows = []
+    for index, example in enumerate(forget):
+        token = None if tokens is None else tokens[index]
+        low = None if token is None or threshold is None else float((token < threshold).float().mean())
+        rows.append(
+            RewardRow(
+                id=example.id,
+                reward=rewards[index],
+                token_rewards=None if token is None else tuple(token.tolist()),
+                low_token_frac=low,
+                kept=index in kept,
+            )
+        )
+    card = reward_card(model, preference, n_train)
+    return RewardTable(card=card, threshold=threshold, quantile=section.quantile, rows=tuple(rows))
+
+
+def _threshold(model: RewardModel, preference: Sequence[Pair], quantile: float) -> float | None:
+    if not preference:
+        return None
+    prompts, chosen = [pair.prompt for pair in preference], [pair.chosen for pair in preference]
+    tokens = model.token_rewards(prompts, chosen)
+    pooled = model.score(prompts, chosen) if tokens is None else torch.cat(tokens)
+    return float(np.quantile(pooled.double().numpy(), quantile))

@@ -1,0 +1,304 @@
+"""One call from data to an aligned model and a report: what a run writes, and the Python entry ``align``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from u2a.config import DataSection, PartitionSection, RunConfig
+from u2a.console import evaluation_table, reliability_text, samples_text, selection_text
+from u2a.data import Source
+from u2a.errors import ConfigError, ModelError
+from u2a.model_card import model_card
+from u2a.modeling import Policy
+from u2a.pipeline import Pipeline, arms_of
+from u2a.progress import Console, peak_rss_bytes
+from u2a.report import write_report
+from u2a.run_records import RunRecords
+from u2a.types import EvalTable, Metric, write_whole
+
+SUMMARY_METRICS = ("preference_accuracy", "preference_margin", "reward", "retain_ppl")
+PACKAGES = ("u2a", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pydantic")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives back.
+
+    Attributes:
+        records: every record it wrote.
+        policy: the policy, left at the aligned parameters.
+        folder: where everything was written.
+    """
+
+    records: RunRecords
+    policy: Policy
+    folder: Path
+
+    @property
+    def model(self) -> nn.Module:
+        """The aligned model (a PEFT model, unless all weights were trained)."""
+        return self.policy.model
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every unlearned answer by id, summing to 1."""
+        return self.records.solution.weights if self.records.solution else {}
+
+    @property
+    def verdict(self) -> str:
+        """Whether selection beat a random draw of equal size."""
+        return self.records.evaluation.verdict if self.records.evaluation else ""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        return self.records.summary
+
+    def report(self, path: str | Path) -> Path:
+        """Write the report.
+
+        Args:
+            path: an ``.html`` file.
+
+        Returns:
+            The path.
+        """
+        return write_report(self.records, path)
+
+    def save(self, folder: str | Path) -> Path:
+        """Save adapter (or model), tokenizer and model card.
+
+        Args:
+            folder: directory to write.
+
+        Returns:
+            The directory.
+        """
+        return save_model(self.policy, self.records, Path(folder))
+
+
+def run(config: RunConfig, console: Console | None = None) -> Result:
+    """Run all stages, write every output into ``output_dir`` and print the result.
+
+    Args:
+        config: all options.
+        console: progress; None prints to standard error.
+
+    Returns:
+        Records and the aligned model.
+
+    Raises:
+        U2AError: bad input, before any model is loaded; or a number that is not finite.
+    """
+    if not config.model.name_or_path:
+        raise ConfigError("model.name_or_path: not set (a hub id, a directory, or package:NAME)")
+    return finish(Pipeline(config, console or Console()))
+
+
+def align(
+    model: str | PreTrainedModel,
+    forget: Source | None,
+    preferences: Source,
+    retain: Source | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: RunConfig | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Align a model by unlearning: three lines from data to an adapter.
+
+    Args:
+        model: hub id, directory, ``package:NAME``, or a loaded model of transformers.
+        forget: bad answers: a path, ``hub:NAME``, a dataset or a list of dicts in TRL's formats; None takes the
+            rejected answers of a share of ``preferences``.
+        preferences: preference pairs, cut by prompt into the PA set, pairs for reward heads and held-out pairs.
+        retain: ordinary instructions with good answers; None leaves the retain term and the guard out.
+        tokenizer: needed with a loaded model, unless it can be loaded from its ``name_or_path``.
+        config: further options; None takes the defaults (with shares 0 : 60 : 15 : 25 for the cut).
+        console: progress; None prints to standard error.
+
+    Returns:
+        Records, the aligned model, and ``report(path)``.
+
+    Raises:
+        U2AError: bad input, before any model is loaded; or a number that is not finite.
+    """
+    config = config or _default_config(forget is not None)
+    if retain is None and config.data.retain is None and config.unlearn.retain_term in ("nll", "kl"):
+        config = config.model_copy(update={"unlearn": config.unlearn.model_copy(update={"retain_term": "none"})})
+    sources: dict[str, Source] = {"pairs": preferences}
+    if forget is not None:
+        sources["forget"] = forget
+    if retain is not None:
+        sources["retain"] = retain
+    name = model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or "model object")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": name})})
+    if isinstance(model, str):
+        return finish(Pipeline(config, console or Console(), sources, tokenizer=tokenizer))
+    if tokenizer is None and not Path(name).is_dir():
+        raise ModelError("tokenizer is missing (a loaded model needs tokenizer=...)")
+    return finish(Pipeline(config, console or Console(), sources, model, tokenizer))
+
+
+def _default_config(has_forget: bool) -> RunConfig:
+    """Defaults of :func:`align`."""
+    shares = (0.0, 0.60, 0.15, 0.25) if has_forget else (0.35, 0.30, 0.15, 0.20)
+    forget, preference, reward, evaluation = shares
+    section = PartitionSection(
+        forget_frac=forget, preference_frac=preference, reward_frac=reward, evaluation_frac=evaluation
+    )
+    return RunConfig(partition=section)
+
+
+def finish(pipeline: Pipeline) -> Result:
+    """Run every stage of a pipeline and write what a run writes.
+
+    Args:
+        pipeline: the run.
+
+    Returns:
+        Records and the aligned model.
+    """
+    config, console, folder = pipeline.config, pipeline.console, pipeline.dir
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.partition  # noqa: B018 - reads and checks the data before any model is loaded
+    write_run_yaml(config, folder / "run.yaml", pipeline.partition.fingerprint)
+    pipeline.rewards()
+    solution = pipeline.solution()
+    console.say(reliability_text(solution.scores.reliability))
+    for arm in arms_of(config)[1:]:
+        pipeline.unlearn_arm(arm)
+    pipeline.unlearn_arm("u2a")
+    table = pipeline.evaluation()
+    write_summary(pipeline, table)
+    records = RunRecords.load(folder)
+    save_model(pipeline.policy, records, folder / "adapter" if pipeline.policy.has_adapter else folder / "model")
+    path = write_report(records, folder / "report.html")
+    for text in (
+        selection_text(solution),
+        evaluation_table(table),
+        samples_text(table, config.evaluation.samples_shown),
+        table.verdict,
+        f"Report: {path}",
+    ):
+        console.say(text)
+        console.say()
+    return Result(records, pipeline.policy, folder)
+
+
+def write_summary(pipeline: Pipeline, table: EvalTable) -> Path:
+    """Write ``summary.json``: the figures a script wants.
+
+    Args:
+        pipeline: the run.
+        table: its evaluation.
+
+    Returns:
+        The path.
+    """
+    solution = pipeline.solution()
+    weights = solution.weights
+    summary: dict[str, Any] = {
+        name: {arm: _value(metrics.get(name)) for arm, metrics in table.arms.items()} for name in SUMMARY_METRICS
+    }
+    summary |= {
+        "n_candidates": len(pipeline.partition.forget),
+        "n_selected": len(weights),
+        "weights_sum": sum(weights.values()),
+        "fallback": solution.fallback,
+        "split_half_reliability": solution.scores.reliability.split_half,
+        "scorer_error": solution.scores.scorer_error,
+        "seconds": {name: round(value, 2) for name, value in pipeline.console.seconds.items()},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "verdict": table.verdict,
+    }
+    path = pipeline.dir / "summary.json"
+    write_whole(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def _value(metric: Metric | None) -> float | None:
+    return None if metric is None else metric.value
+
+
+def save_model(policy: Policy, records: RunRecords, folder: Path) -> Path:
+    """Save the trained parameters so that plain transformers and peft load them, with a model card.
+
+    Args:
+        policy: the policy.
+        records: what the run wrote, for the card.
+        folder: directory to write.
+
+    Returns:
+        The directory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.model.save_pretrained(str(folder))  # type: ignore[operator]
+    policy.tokenizer.save_pretrained(str(folder))
+    config = records.config
+    base = str(Path(config.output_dir) / "base") if config.finetune.enabled else config.model.name_or_path
+    write_whole(folder / "README.md", model_card(records, base))
+    return folder
+
+
+def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
+    """Write the resolved options with their provenance; ``u2a run run.yaml`` replays the run.
+
+    Args:
+        config: all options.
+        path: where to.
+        fingerprint: of the partition.
+    """
+    tree = config.model_copy(update={"data": _absolute(config.data)}).model_dump(mode="json")
+    tree["provenance"] = {
+        "versions": versions(),
+        "git": _git(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+        "seed": config.seed,
+        "data_fingerprint": fingerprint,
+    }
+    write_whole(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def versions() -> Mapping[str, str]:
+    """Versions of Python and of the packages a result depends on.
+
+    Returns:
+        Version by name.
+    """
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _absolute(data: DataSection) -> DataSection:
+    """Paths that mean the same from the run's directory."""
+    changes = {
+        name: str(Path(value).absolute())
+        for name in ("pairs", "forget", "preferences", "retain", "evaluation", "reward", "finetune")
+        if (value := getattr(data, name)) and ":" not in value
+    }
+    return data.model_copy(update=changes)
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the working copy u2a runs from, or None when it is installed without one."""
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
