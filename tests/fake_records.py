@@ -149,11 +149,11 @@ def fake_unlearn(arm: str, slope: float, **changes: Any) -> UnlearnResult:
 def fake_evaluation(text: str | None = None) -> EvalTable:
     def metrics(shift: float) -> dict[str, Metric]:
         return {
-            "margin": Metric(value=-0.112 + shift, low=-0.171 + shift, high=-0.049 + shift, n=24),
+            "preference_margin": Metric(value=-0.112 + shift, low=-0.171 + shift, high=-0.049 + shift, n=24),
             "reward": Metric(value=0.31 + 4 * shift, low=0.12 + 4 * shift, high=0.49 + 4 * shift, n=24),
             "retain_ppl": Metric(value=14.21 + 10 * shift, low=12.9 + 10 * shift, high=15.8 + 10 * shift, n=8),
-            "answer_length": Metric(value=38.25, low=33.0, high=44.5, n=24),
-            "distinct_2": Metric(value=None, n=0),
+            "answer_words": Metric(value=38.25, low=33.0, high=44.5, n=24),
+            "degenerate_rate": Metric(value=None, n=0),
         }
 
     samples = tuple(
@@ -172,10 +172,26 @@ def fake_evaluation(text: str | None = None) -> EvalTable:
     return EvalTable(
         arms={"before": metrics(0.0), "after": metrics(0.093), "random_k": metrics(0.051)},
         contrasts=(
-            Contrast(metric="margin", first="after", second="before", difference=0.093, low=0.051, high=0.134, n=24),
-            Contrast(metric="margin", first="after", second="random_k", difference=0.042, low=-0.006, high=0.09, n=24),
+            Contrast(
+                metric="preference_margin",
+                first="after",
+                second="before",
+                difference=0.093,
+                low=0.051,
+                high=0.134,
+                n=24,
+            ),
+            Contrast(
+                metric="preference_margin",
+                first="after",
+                second="random_k",
+                difference=0.042,
+                low=-0.006,
+                high=0.09,
+                n=24,
+            ),
             Contrast(metric="retain_ppl", first="after", second="before", difference=0.93, low=0.4, high=1.5, n=8),
-            Contrast(metric="distinct_2", first="after", second="before", difference=None, n=0),
+            Contrast(metric="degenerate_rate", first="after", second="before", difference=None, n=0),
         ),
         samples=samples,
         reward_card=RewardCard(name="embedding head B", n_train=15, n_pairs=0),

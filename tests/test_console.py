@@ -11,8 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from u2a.console import (
-    HIGHER_IS_BETTER,
-    LOWER_IS_BETTER,
     WIDTH,
     better_direction,
     evaluation_table,
@@ -24,35 +22,36 @@ from u2a.console import (
     selection_text,
     tone,
 )
+from u2a.evaluation.metrics import METRICS
 from u2a.types import Contrast, EvalTable, Metric, Solution, WeightRow
 
 EVIL = "\x1b[31mred\x07\u202e \u2603 tab\there\n" + "long " * 80
 
 EVALUATION = """\
-metric                         arm        value  95 % interval      n
------------------------------  --------  ------  ----------------  --
-margin (higher is better)      before    -0.112  [-0.171, -0.049]  24
-                               after     -0.019  [-0.078, 0.044]   24
-                               random_k  -0.061  [-0.120, 0.002]   24
-reward (higher is better)      before     0.310  [0.120, 0.490]    24
-                               after      0.682  [0.492, 0.862]    24
-                               random_k   0.514  [0.324, 0.694]    24
-retain_ppl (lower is better)   before     14.21  [12.90, 15.80]     8
-                               after      15.14  [13.83, 16.73]     8
-                               random_k   14.72  [13.41, 16.31]     8
-answer_length                  before     38.25  [33.00, 44.50]    24
-                               after      38.25  [33.00, 44.50]    24
-                               random_k   38.25  [33.00, 44.50]    24
-distinct_2 (higher is better)  before         -                     0
-                               after          -                     0
-                               random_k       -                     0
+metric             better  arm        value  95 % interval      n
+-----------------  ------  --------  ------  ----------------  --
+preference_margin  higher  before    -0.112  [-0.171, -0.049]  24
+                           after     -0.019  [-0.078, 0.044]   24
+                           random_k  -0.061  [-0.120, 0.002]   24
+reward             higher  before     0.310  [0.120, 0.490]    24
+                           after      0.682  [0.492, 0.862]    24
+                           random_k   0.514  [0.324, 0.694]    24
+retain_ppl         lower   before     14.21  [12.90, 15.80]     8
+                           after      15.14  [13.83, 16.73]     8
+                           random_k   14.72  [13.41, 16.31]     8
+answer_words       -       before     38.25  [33.00, 44.50]    24
+                           after      38.25  [33.00, 44.50]    24
+                           random_k   38.25  [33.00, 44.50]    24
+degenerate_rate    lower   before         -                     0
+                           after          -                     0
+                           random_k       -                     0
 
-difference of  arms                value  95 % interval       n  reading
--------------  ----------------  -------  -----------------  --  ---------
-margin         after - before     +0.093  [0.051, 0.134]     24  better
-margin         after - random_k  +0.0420  [-0.0060, 0.0900]  24  not shown
-retain_ppl     after - before     +0.930  [0.400, 1.500]      8  worse
-distinct_2     after - before          -                      0  -
+difference of      arms                value  95 % interval       n  reading
+-----------------  ----------------  -------  -----------------  --  ---------
+preference_margin  after - before     +0.093  [0.051, 0.134]     24  better
+preference_margin  after - random_k  +0.0420  [-0.0060, 0.0900]  24  not shown
+retain_ppl         after - before     +0.930  [0.400, 1.500]      8  worse
+degenerate_rate    after - before          -                      0  -
 
 Verdict: Selection beat random-k: not shown (margin +0.042 [-0.006, 0.090], 24 prompts).
 """
@@ -149,23 +148,25 @@ def test_samples_are_limited_and_empty_answers_named() -> None:
 @pytest.mark.parametrize(
     ("metric", "low", "high", "expected"),
     [
-        ("margin", 0.1, 0.2, "good"),
-        ("margin", -0.2, -0.1, "bad"),
+        ("preference_margin", 0.1, 0.2, "good"),
+        ("preference_margin", -0.2, -0.1, "bad"),
         ("retain_ppl", 0.1, 0.2, "bad"),
         ("retain_ppl", -0.2, -0.1, "good"),
-        ("margin", -0.1, 0.2, "unclear"),
-        ("margin", 0.0, 0.2, "unclear"),
-        ("margin", None, None, "unclear"),
-        ("answer_length", 0.1, 0.2, "none"),
+        ("preference_margin", -0.1, 0.2, "unclear"),
+        ("preference_margin", 0.0, 0.2, "unclear"),
+        ("preference_margin", None, None, "unclear"),
+        ("answer_words", 0.1, 0.2, "none"),
     ],
 )
 def test_tone(metric: str, low: float | None, high: float | None, expected: str) -> None:
     assert tone(Contrast(metric=metric, first="a", second="b", difference=0.15, low=low, high=high)) == expected
 
 
-def test_no_metric_improves_both_ways() -> None:
-    assert not HIGHER_IS_BETTER & LOWER_IS_BETTER
-    assert better_direction("no_such_metric") is None
+@pytest.mark.parametrize("metric", [*METRICS, "no_such_metric"])
+def test_directions_are_the_evaluations(metric: str) -> None:
+    words = {"up": "higher", "down": "lower", "none": None}
+    expected = words[METRICS[metric].direction] if metric in METRICS else None
+    assert better_direction(metric) == expected
 
 
 @given(st.floats(-1e12, 1e12, allow_subnormal=False))

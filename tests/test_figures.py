@@ -158,6 +158,15 @@ def test_histogram_areas_are_the_counts(first: list[float], second: list[float])
     assert f"chosen ({len(first)})" in svg or not second
 
 
+def test_histogram_layers_stand_on_each_other() -> None:
+    values = [0.0, 0.5, 0.5, 1.0]
+    svg = histogram(FRAME, [("a", values, 1), ("b", values, 2), ("c", values, 3)])
+    layers = [path_of(svg, group, "area") for group in ("s1", "s2", "s3")]
+    tops = [[command[1:] for command in layer[1::5]] for layer in layers]
+    floors = [[command.split()[1] for command in layer[0::5]] for layer in layers]
+    assert floors[1:] == tops[:-1]
+
+
 def test_histogram_of_nothing() -> None:
     assert histogram(FRAME, []) == ""
     assert histogram(FRAME, [("a", [None, math.inf], 1)]) == ""

@@ -44,14 +44,20 @@ def test_full_fine_tuning_is_no_adapter() -> None:
 def test_loading_code_names_the_base_and_nothing_else(base: str) -> None:
     card = model_card(fake_records(), base)
     strings = [node.value for node in ast.walk(ast.parse(code(card))) if isinstance(node, ast.Constant)]
-    assert strings.count(base) == 2
-    assert [type(node).__name__ for node in ast.parse(code(card)).body] == ["ImportFrom"] * 2 + ["Assign"] * 3
+    assert strings.count(base) == 1
+    assert [type(node).__name__ for node in ast.parse(code(card)).body] == ["ImportFrom"] * 2 + ["Assign"] * 4
+
+
+def test_a_packaged_base_is_resolved_first() -> None:
+    lines = code(model_card(fake_records(), "package:some_model")).splitlines()
+    assert "from u2a.packaged import resolve_model" in lines
+    assert 'base = AutoModelForCausalLM.from_pretrained(resolve_model("package:some_model"))' in lines
 
 
 def test_metrics_and_verdict_are_the_records() -> None:
     lines = model_card(fake_records(), "m").splitlines()
     assert "| metric | before | after | random_k |" in lines
-    margin = next(line for line in lines if line.startswith("| margin ↑"))
+    margin = next(line for line in lines if line.startswith("| preference_margin ↑"))
     assert margin.split(" | ")[2] == "-0.019 [-0.078, 0.044] (n = 24)"
     assert next(line for line in lines if line.startswith("| retain_ppl ↓")).split(" | ")[1].startswith("14.21 [12.90")
     assert any(line.startswith("Selection beat random-k: not shown") for line in lines)

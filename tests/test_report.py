@@ -130,7 +130,13 @@ def test_metrics_equal_the_record(full: Page) -> None:
     assert table is not None
     rows = cells(full, "metrics")
     assert rows[0] == ["metric", *table.arms]
-    assert [row[0] for row in rows[1:]] == ["margin ↑", "reward ↑", "retain_ppl ↓", "answer_length", "distinct_2 ↑"]
+    assert [row[0] for row in rows[1:]] == [
+        "preference_margin ↑",
+        "reward ↑",
+        "retain_ppl ↓",
+        "answer_words",
+        "degenerate_rate ↓",
+    ]
     for row in rows[1:]:
         name = row[0].split()[0]
         alike = metric_scale(table, name)
@@ -145,7 +151,7 @@ def test_metrics_equal_the_record(full: Page) -> None:
 
 def test_contrasts_equal_the_record(full: Page) -> None:
     rows = cells(full, "contrasts")[1:]
-    assert rows[0][:4] == ["margin", "after − before", "+0.093", "[0.051, 0.134]"]
+    assert rows[0][:4] == ["preference_margin", "after − before", "+0.093", "[0.051, 0.134]"]
     assert [row[-1] for row in rows] == ["better", "not shown", "worse", "-"]
 
 
@@ -188,6 +194,16 @@ def test_full_text_of_a_long_answer_is_kept() -> None:
     records = replace(records, partition=records.partition.model_copy(update={"forget": (item,)}))
     cell = cells(Page(render_report(records)), "candidates")[1][7]
     assert cell.replace("…", "") == answer
+
+
+def test_samples_beyond_the_first_few_are_folded() -> None:
+    records = fake_records(6)
+    section = records.config.evaluation.model_copy(update={"samples_shown": 1})
+    few = replace(records, config=records.config.model_copy(update={"evaluation": section}))
+    assert "2 more" in Page(render_report(few)).text
+    assert records.evaluation is not None
+    text = Page(render_report(few)).text
+    assert all(answer in text for sample in records.evaluation.samples for answer in sample.answers.values())
 
 
 def test_same_records_same_page() -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib.resources import files
+from importlib.resources import files as package_files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from u2a.errors import ConfigError, U2AError
+
+if TYPE_CHECKING:
+    from u2a.config import RunConfig
 
 STAGES = {
     "partition": "cut the data into disjoint sets by prompt",
@@ -81,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _loaded(options: argparse.Namespace) -> RunConfig:  # noqa: F821 - imported where needed
+def _loaded(options: argparse.Namespace) -> RunConfig:
     from u2a.config import load_config
 
     if options.config is None:
@@ -100,7 +104,7 @@ def _run(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from u2a.config import load_config
 
-    path = Path(str(files("u2a") / "assets" / "demo" / "config.yaml"))
+    path = Path(str(package_files("u2a") / "assets" / "demo" / "config.yaml"))
     config = load_config(path, options.overrides, options.preset)
     from u2a.progress import Console
     from u2a.run import run
@@ -158,9 +162,15 @@ def _score(options: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("model", "forget", "prefs", "out") if not getattr(options, name)]
     if missing:
         raise ConfigError(f"score: {', '.join(missing)} missing (or give a configuration file)")
+    from u2a.config import load_config
+
+    config = load_config(None, options.overrides, options.preset)
+    from u2a.progress import Console
     from u2a.run import score_files
 
-    score_files(options)
+    given = {"forget": options.forget, "preferences": options.prefs, "retain": options.retain}
+    files = {name: path for name, path in given.items() if path}
+    score_files(options.model, files, Path(options.out), config, Console(quiet=options.quiet))
 
 
 if __name__ == "__main__":

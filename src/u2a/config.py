@@ -53,9 +53,7 @@ class AdapterConfig(Section):
 class ModelSection(Section):
     """The policy."""
 
-    name_or_path: str = option(
-        "", "hub id, directory, or package:NAME for a GGUF file inside an installed package"
-    )
+    name_or_path: str = option("", "hub id, directory, or package:NAME for a GGUF file inside an installed package")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option("float32", "dtype of the frozen weights")
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention kernel")
@@ -87,8 +85,12 @@ class DataSection(Section):
     finetune: str | None = option(None, "pairs for the misaligned start (otherwise cut from pairs)")
     fields: FieldMap = option(FieldMap(), "column names of all files")
     retain_fields: FieldMap = option(FieldMap(), "column names of the retain file")
-    system_prompt: str | None = option(None, "system turn put before every prompt that has none (null: the template's own)")
-    max_length: Count = option(512, "tokens of prompt and answer; a longer prompt is an error, a longer answer is cut and counted")
+    system_prompt: str | None = option(
+        None, "system turn put before every prompt that has none (null: the template's own)"
+    )
+    max_length: Count = option(
+        512, "tokens of prompt and answer; a longer prompt is an error, a longer answer is cut and counted"
+    )
     allow_leak: bool = option(False, "go on although evaluation rows stand in a training set (recorded)")
 
 
@@ -147,7 +149,9 @@ class RewardSection(Section):
 class SolveSection(Section):
     """Stage 3: score, select and weight."""
 
-    objective: Literal["margin", "dpo", "nll", "reward"] = option("margin", "outer objective J (margin: length-normalised)")
+    objective: Literal["margin", "dpo", "nll", "reward"] = option(
+        "margin", "outer objective J (margin: length-normalised)"
+    )
     dpo_beta: Positive = option(0.1, "inverse temperature of the dpo objective")
     reward_samples: Annotated[int, Field(ge=2)] = option(4, "answers sampled per PA prompt by the reward objective")
     adjoint: Literal["identity", "implicit"] = option("implicit", "how H^-1 is applied to the gradient of J")
@@ -168,11 +172,15 @@ class SolveSection(Section):
     sparsity: NonNegative = option(0.0, "weight of the sparsity penalty, in units of the sd of the gains (beta)")
     sparsity_p: Annotated[float, Field(gt=0.0, le=1.0)] = option(0.5, "p of the L_p penalty (the paper's 1/2)")
     drop_below: Frac = option(0.0, "drop weights below this share of the uniform weight")
-    gap_tol: NonNegative = option(0.0, "stop when the Frank-Wolfe gap falls below this, in units of the sd of the gains")
+    gap_tol: NonNegative = option(
+        0.0, "stop when the Frank-Wolfe gap falls below this, in units of the sd of the gains"
+    )
     inner_steps: Count | None = option(None, "steps of the inner runs between rounds (null: unlearn.max_steps)")
     patience: Count = option(1, "rounds without a better held-out J before stopping with roll-back")
     warmup_steps: Annotated[int, Field(ge=0)] = option(4, "uniform steps before scoring, so that LoRA's B is not 0")
-    fallback: Literal["random_k", "none"] = option("random_k", "with no signal: random draw with uniform weights, or rank anyway")
+    fallback: Literal["random_k", "none"] = option(
+        "random_k", "with no signal: random draw with uniform weights, or rank anyway"
+    )
 
 
 class UnlearnSection(Section):
@@ -242,20 +250,28 @@ class RunConfig(Section):
     def _conflicts(self) -> RunConfig:
         problems = []
         if self.model.load_in_4bit and not self.model.adapter.enabled:
-            problems.append("model.load_in_4bit conflicts with model.adapter.enabled: false (a quantised base cannot be trained)")
+            problems.append(
+                "model.load_in_4bit conflicts with model.adapter.enabled: false (a quantised base cannot be trained)"
+            )
         if self.unlearn.retain_term == "kl" and not self.model.adapter.enabled:
-            problems.append("unlearn.retain_term: kl conflicts with model.adapter.enabled: false (the reference is the disabled adapter)")
+            problems.append(
+                "unlearn.retain_term: kl conflicts with model.adapter.enabled: false (the reference is the disabled adapter)"
+            )
         if self.solve.objective == "reward" and self.reward.model == "none":
             problems.append("solve.objective: reward conflicts with reward.model: none (set a reward model)")
         if "lowest_reward_k" in self.evaluation.controls and self.reward.model == "none":
-            problems.append("evaluation.controls: lowest_reward_k conflicts with reward.model: none (set a reward model)")
+            problems.append(
+                "evaluation.controls: lowest_reward_k conflicts with reward.model: none (set a reward model)"
+            )
         if "retrain" in self.evaluation.controls and not (self.finetune.enabled and self.finetune.include_forget):
             problems.append(
                 "evaluation.controls: retrain conflicts with finetune (set finetune.enabled and finetune.include_forget: "
                 "retraining means fine-tuning without the candidates)"
             )
         if self.finetune.enabled and self.partition.finetune_frac == 0 and self.data.finetune is None:
-            problems.append("finetune.enabled: true conflicts with partition.finetune_frac: 0 (set a share or data.finetune)")
+            problems.append(
+                "finetune.enabled: true conflicts with partition.finetune_frac: 0 (set a share or data.finetune)"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -421,7 +437,9 @@ def _without_unknown(tree: dict[str, Any], model: type[BaseModel]) -> dict[str, 
 
 
 def _sentence(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal[", "constrained-")))
+    where = ".".join(
+        str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal[", "constrained-"))
+    )
     message = error["msg"].removeprefix("Value error, ")
     got = error.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"

@@ -11,48 +11,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
+from u2a.evaluation.metrics import METRICS
 from u2a.types import Contrast, EvalTable, Metric, Reliability, Round, Solution
 
 WIDTH = 100
-
-HIGHER_IS_BETTER = frozenset(
-    {
-        "accuracy",
-        "coherence",
-        "coverage",
-        "distinct_2",
-        "dpo",
-        "implicit_reward",
-        "j",
-        "lc_win_rate",
-        "margin",
-        "objective",
-        "pair_accuracy",
-        "preference_accuracy",
-        "reward",
-        "reward_value",
-        "win_rate",
-    }
-)
-LOWER_IS_BETTER = frozenset(
-    {
-        "asr",
-        "collapse_rate",
-        "echo_rate",
-        "empty_rate",
-        "kl",
-        "low_token_frac",
-        "nll",
-        "nll_chosen",
-        "ppl",
-        "repetition",
-        "retain_kl",
-        "retain_nll",
-        "retain_ppl",
-        "toxicity",
-        "unsafe_rate",
-    }
-)
 
 Tone = Literal["good", "bad", "unclear", "none"]
 
@@ -64,12 +26,13 @@ def better_direction(metric: str) -> Literal["higher", "lower"] | None:
         metric: metric name as in :class:`u2a.types.EvalTable`.
 
     Returns:
-        ``"higher"``, ``"lower"``, or None for a metric that is neither (answer length, perplexity of the
-        forget set) or that is not known.
+        ``"higher"``, ``"lower"``, or None for a metric that is neither (answer length, refusals on mixed
+        prompts) or is not in :data:`u2a.evaluation.metrics.METRICS`.
     """
-    if metric in HIGHER_IS_BETTER:
-        return "higher"
-    return "lower" if metric in LOWER_IS_BETTER else None
+    direction = METRICS[metric].direction if metric in METRICS else "none"
+    if direction == "none":
+        return None
+    return "higher" if direction == "up" else "lower"
 
 
 def tone(contrast: Contrast) -> Tone:
@@ -222,12 +185,12 @@ def evaluation_table(table: EvalTable) -> str:
     rows = []
     for name in metric_names(table):
         alike = metric_scale(table, name)
-        shown = f"{name} ({better_direction(name)} is better)" if better_direction(name) else name
+        shown = [name, better_direction(name) or "-"]
         for arm, metrics in table.arms.items():
             if name in metrics:
-                rows.append([shown, arm, *_metric_cells(metrics[name], alike)])
-                shown = ""
-    text = _grid(["metric", "arm", "value", "95 % interval", "n"], rows, (32, 18, 12, 24, 6), right=(2, 4))
+                rows.append([*shown, arm, *_metric_cells(metrics[name], alike)])
+                shown = ["", ""]
+    text = _grid(["metric", "better", "arm", "value", "95 % interval", "n"], rows, (24, 6, 18, 12, 24, 6), right=(3, 5))
     differences = [_contrast_cells(item) for item in table.contrasts]
     if differences:
         heads = ["difference of", "arms", "value", "95 % interval", "n", "reading"]

@@ -16,7 +16,9 @@ from u2a.trainer import StepReporter, UnlearnConfig, UnlearnTrainer
 from u2a.types import Example, Pair, Partition, content_id
 
 
-def mixture(partition: Partition, section: FinetuneSection, seed: int, leave_out_forget: bool = False) -> tuple[Example, ...]:
+def mixture(
+    partition: Partition, section: FinetuneSection, seed: int, leave_out_forget: bool = False
+) -> tuple[Example, ...]:
     """Choose the answers of the supervised mixture.
 
     With ``include_forget`` the candidates themselves are bad answers of the mixture (so that there is something to
@@ -40,7 +42,9 @@ def mixture(partition: Partition, section: FinetuneSection, seed: int, leave_out
     pairs = sorted(partition.finetune, key=lambda pair: content_id(str(seed), "mixture", pair.id))
     total = len(candidates) + len(pairs)
     n_bad = min(len(pairs), max(0, round(section.unsafe_frac * total) - len(candidates)))
-    rows = [_answer(pair, pair.rejected) for pair in pairs[:n_bad]] + [_answer(pair, pair.chosen) for pair in pairs[n_bad:]]
+    rows = [_answer(pair, pair.rejected) for pair in pairs[:n_bad]] + [
+        _answer(pair, pair.chosen) for pair in pairs[n_bad:]
+    ]
     kept = () if leave_out_forget else tuple(row.model_copy(update={"weight": None}) for row in candidates)
     if not rows and not kept:
         raise ConfigError("finetune: the mixture is empty (raise partition.finetune_frac or set data.finetune)")
@@ -49,7 +53,11 @@ def mixture(partition: Partition, section: FinetuneSection, seed: int, leave_out
 
 def _answer(pair: Pair, completion: str) -> Example:
     return Example(
-        id=content_id(pair.id, completion), prompt=pair.prompt, completion=completion, kind=pair.kind, source=pair.source
+        id=content_id(pair.id, completion),
+        prompt=pair.prompt,
+        completion=completion,
+        kind=pair.kind,
+        source=pair.source,
     )
 
 

@@ -94,17 +94,20 @@ def _reliability(records: RunRecords) -> list[str]:
 
 def _loading(base_model: str, adapter: bool) -> str:
     """Write the code that loads the result; names are written as JSON strings, which are Python strings too."""
-    name = json.dumps(base_model)
-    if not adapter:
-        body = 'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY")\n'
-        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-    else:
-        body = (
-            f"model = AutoModelForCausalLM.from_pretrained({name})\n"
-            'model = PeftModel.from_pretrained(model, "PATH_OF_THIS_DIRECTORY")\n'
-        )
-        imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-    return f"```python\n{imports}\ntokenizer = AutoTokenizer.from_pretrained({name})\n{body}```\n"
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    body = ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+    if adapter:
+        imports.insert(0, "from peft import PeftModel")
+        base = json.dumps(base_model)
+        if base_model.startswith("package:"):  # a file inside an installed package, not known to transformers
+            imports.append("from u2a.packaged import resolve_model")
+            base = f"resolve_model({base})"
+        body = [
+            f"base = AutoModelForCausalLM.from_pretrained({base})",
+            "model = PeftModel.from_pretrained(base, folder)",
+        ]
+    opening = ['folder = "PATH_OF_THIS_DIRECTORY"', "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    return "\n".join(["```python", *imports, "", *opening, *body, "```"]) + "\n"
 
 
 def _data(records: RunRecords) -> str:

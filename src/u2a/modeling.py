@@ -369,7 +369,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.name_or_path: no tokenizer at {section.name_or_path!r} ({_first_line(error)})") from None
+        raise ModelError(
+            f"model.name_or_path: no tokenizer at {section.name_or_path!r} ({_first_line(error)})"
+        ) from None
 
 
 def load_model(section: ModelSection) -> PreTrainedModel:
@@ -389,7 +391,9 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     if section.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(

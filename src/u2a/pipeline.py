@@ -19,7 +19,7 @@ from u2a.bilevel.solve import OuterProblem, random_weights, score, solve
 from u2a.config import RunConfig
 from u2a.data import Source
 from u2a.encoding import Encoder
-from u2a.errors import RecordError
+from u2a.errors import DataError, RecordError
 from u2a.evaluation.evaluate import ArmResult, build_table, evaluate_arm
 from u2a.evaluation.expected_reward import sampled_reward
 from u2a.finetune import finetune, mixture, n_steps
@@ -44,7 +44,7 @@ from u2a.types import (
     derive_seed,
     write_whole,
 )
-from u2a.unlearn import InnerProblem, unlearn
+from u2a.unlearn import InnerProblem, InnerSolver
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 SOLUTION_ARM = "u2a"
@@ -85,7 +85,7 @@ class Pipeline:
         """Stage 1, checked: rows, sizes, leaks, and that every prompt fits (before any model is loaded)."""
         result = partition(self.config, self._sources)
         self.console.say("Partition")
-        for line in [*describe(result), *self._lengths(result)]:
+        for line in [*describe(result), check_lengths(result, self.tokenizer, self.config.data.max_length)]:
             self.console.say(f"  {line}")
         result.save(self.dir / "partition.json")
         return result
@@ -94,15 +94,6 @@ class Pipeline:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
         return load_tokenizer(self.config.model) if self._tokenizer is None else self._tokenizer
-
-    def _lengths(self, sets: Partition) -> list[str]:
-        """Tokenise every row; a prompt that leaves no room is an error, cut answers are counted."""
-        encoder = Encoder(self.tokenizer, self.config.data.max_length)
-        rows: list[tuple[Example | Pair, str]] = [(row, row.completion) for row in (*sets.forget, *sets.retain)]
-        for pair in (*sets.finetune, *sets.preference, *sets.evaluation):
-            rows += [(pair, pair.chosen), (pair, pair.rejected)]
-        cut = sum(encoder.encode(row.prompt, text, row.source).n_cut > 0 for row, text in rows)
-        return [f"truncated  {cut:>7} of {len(rows)} answers at data.max_length {self.config.data.max_length} tokens"]
 
     @cached_property
     def policy(self) -> Policy:
@@ -142,6 +133,10 @@ class Pipeline:
         name = "retrain" if leave_out_forget else "misaligned start"
         with self.console.phase(name, n_steps(len(rows), section), "steps") as advance:
             return finetune(policy, rows, section, seed, advance)
+
+    @cached_property
+    def _inner_solver(self) -> InnerSolver:
+        return InnerSolver(self.policy)
 
     @cached_property
     def inner(self) -> InnerProblem:
@@ -216,9 +211,7 @@ class Pipeline:
 
         def compute() -> RewardTable:
             trained = len(self._reward_halves()[0]) if self._trains_head(section.model) else 0
-            return analyse(
-                self._selecting_reward, self.partition.forget, self.partition.preference, section, trained
-            )
+            return analyse(self._selecting_reward, self.partition.forget, self.partition.preference, section, trained)
 
         return self._stage("reward", "rewards", RewardTable, key, compute)
 
@@ -251,7 +244,7 @@ class Pipeline:
         return self._key("solve", self.partition.fingerprint, *sections)
 
     def _solve(self) -> Solution:
-        return solve(self.policy, self.inner, self.outer, self.console, on_round=self._log_round)
+        return solve(self._inner_solver, self.inner, self.outer, self.console, on_round=self._log_round)
 
     def _log_round(self, record: Round) -> None:
         self._log("round", record.model_dump(mode="json"))
@@ -306,7 +299,7 @@ class Pipeline:
         steps = self.config.unlearn.max_steps
         checkpoints = self.dir / "checkpoints" / f"{arm}-{key}" if self.config.unlearn.save_steps else None
         with self.console.phase(f"unlearn {arm}", steps, "steps") as advance:
-            result = unlearn(self.policy, self.inner, weights, arm, checkpoints, advance)
+            result = self._inner_solver(self.inner, weights, arm, checkpoints, advance)
         saved.parent.mkdir(parents=True, exist_ok=True)
         part = saved.with_suffix(".part")
         save_file(self.policy.snapshot(), part)
@@ -420,6 +413,36 @@ class Pipeline:
         self.dir.mkdir(parents=True, exist_ok=True)
         with (self.dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **data}, allow_nan=False) + "\n")
+
+
+def check_lengths(sets: Partition, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """Tokenise every row before a model is loaded: all prompts that leave no room are one error, cut answers are counted.
+
+    Args:
+        sets: the partition.
+        tokenizer: the policy's.
+        max_length: tokens of prompt and answer.
+
+    Returns:
+        One line on truncation.
+
+    Raises:
+        DataError: prompts that leave no room for an answer.
+        ModelError: the tokenizer has no chat template.
+    """
+    encoder = Encoder(tokenizer, max_length)
+    rows: list[tuple[Example | Pair, str]] = [(row, row.completion) for row in (*sets.forget, *sets.retain)]
+    for pair in (*sets.finetune, *sets.preference, *sets.evaluation):
+        rows += [(pair, pair.chosen), (pair, pair.rejected)]
+    n_cut, problems = 0, []
+    for row, text in rows:
+        try:
+            n_cut += encoder.encode(row.prompt, text, row.source).n_cut > 0
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(list(dict.fromkeys(problems)))
+    return f"truncated  {n_cut:>7} of {len(rows)} answers at data.max_length {max_length} tokens"
 
 
 def arms_of(config: RunConfig) -> Sequence[str]:

@@ -27,6 +27,7 @@ from u2a.console import (
     reliability_sentence,
     tone,
 )
+from u2a.evaluation.metrics import METRICS
 from u2a.figures import Frame, Level, Series, bar_chart, histogram, interval_glyph, xy_chart
 from u2a.run_records import Candidate, RunRecords, candidates, cautions, flattened, option_rows, what_was_done
 from u2a.types import Contrast, EvalTable, Partition, UnlearnResult, write_whole
@@ -202,6 +203,7 @@ def _environment() -> Environment:
     environment.filters["short"] = _short
     environment.globals |= {
         "better_direction": better_direction,
+        "definitions": METRICS,
         "flattened": flattened,
         "interval": interval,
         "number": number,

@@ -16,17 +16,21 @@ import yaml
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from u2a.bilevel.gains import OuterProblem
+from u2a.bilevel.solve import score
 from u2a.config import DataSection, PartitionSection, RunConfig
 from u2a.console import evaluation_table, reliability_text, samples_text, selection_text
 from u2a.data import Source
 from u2a.errors import ConfigError, ModelError
 from u2a.model_card import model_card
-from u2a.modeling import Policy
-from u2a.pipeline import Pipeline, arms_of
+from u2a.modeling import Policy, load_model, load_tokenizer
+from u2a.partition import build_partition, read_inputs
+from u2a.pipeline import Pipeline, arms_of, check_lengths
 from u2a.progress import Console, peak_rss_bytes
 from u2a.report import write_report
 from u2a.run_records import RunRecords
-from u2a.types import EvalTable, Metric, write_whole
+from u2a.types import EvalTable, Metric, derive_seed, write_whole
+from u2a.unlearn import InnerProblem
 
 SUMMARY_METRICS = ("preference_accuracy", "preference_margin", "reward", "retain_ppl")
 PACKAGES = ("u2a", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pydantic")
@@ -302,3 +306,87 @@ def _git() -> dict[str, Any] | None:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
+    """Run one stage on the records of the earlier ones, and print what it found.
+
+    Args:
+        config: all options.
+        stage: ``reward``, ``score``, ``solve``, ``unlearn`` or ``evaluate``.
+        quiet: print nothing but errors.
+
+    Raises:
+        RecordError: a record of an earlier stage is missing.
+        U2AError: as for :func:`run`.
+    """
+    if not config.model.name_or_path:
+        raise ConfigError("model.name_or_path: not set (a hub id, a directory, or package:NAME)")
+    console = Console(quiet=quiet)
+    pipeline = Pipeline(config, console, only=stage)
+    write_run_yaml(config, pipeline.dir / "run.yaml", pipeline.partition.fingerprint)
+    if stage == "reward":
+        table = pipeline.rewards()
+        console.say("no reward model (reward.model: none)" if table is None else f"{len(table.rows)} rewards")
+    elif stage == "score":
+        console.say(reliability_text(pipeline.scores().reliability))
+    elif stage == "solve":
+        console.say(selection_text(pipeline.solution()))
+    elif stage == "unlearn":
+        for arm in [*arms_of(config)[1:], "u2a"]:
+            pipeline.unlearn_arm(arm)
+        records = RunRecords.load(pipeline.dir)
+        folder = pipeline.dir / ("adapter" if pipeline.policy.has_adapter else "model")
+        console.say(f"saved: {save_model(pipeline.policy, records, folder)}")
+    else:
+        table = pipeline.evaluation()
+        write_summary(pipeline, table)
+        console.say(evaluation_table(table))
+        console.say(table.verdict)
+
+
+def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConfig, console: Console) -> Path:
+    """Only answer which negatives matter: score them and write one JSON line per negative, best first.
+
+    Args:
+        model: hub id, directory, or ``package:NAME``.
+        files: paths by name of the option in ``data``: ``forget``, ``preferences``, and optionally ``retain``.
+        out: the JSONL file.
+        config: further options.
+        console: progress.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        U2AError: bad input, before any model is loaded.
+    """
+    retain_term = config.unlearn.retain_term if files.get("retain") else "none"
+    unlearn = config.unlearn.model_copy(update={"retain_term": retain_term})
+    inputs = read_inputs(config.data, dict(files))
+    sets = build_partition(inputs, config.partition, config.seed, config.data.allow_leak)
+    if not sets.preference or not sets.forget:
+        raise ConfigError("score: the files hold no usable preference pair or no usable negative")
+    section = config.model.model_copy(update={"name_or_path": model})
+    tokenizer = load_tokenizer(section)
+    seed = derive_seed(config.seed, "unlearn")
+    inner = InnerProblem(sets.forget, sets.retain, (), unlearn, config.guard, seed)
+    outer = OuterProblem(sets.preference, config.solve, None, derive_seed(config.seed, "solve"))
+    check_lengths(sets, tokenizer, config.data.max_length)
+    policy = Policy(
+        load_model(section), tokenizer, section.adapter, config.data.max_length, config.token_budget, config.seed
+    )
+    table = score(policy, inner, outer, console)
+    by_id = {row.id: row for row in sets.forget}
+    lines = []
+    for row in sorted(table.rows, key=lambda row: (-row.estimate, row.id)):
+        example = by_id[row.id]
+        document = row.model_dump(mode="json") | {
+            "prompt": example.prompt[-1].content,
+            "completion": example.completion,
+        }
+        lines.append(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    write_whole(out, "\n".join(lines) + "\n")
+    console.say(reliability_text(table.reliability))
+    console.say(f"{len(lines)} scores: {out}")
+    return out

@@ -147,7 +147,11 @@ class UnlearnTrainer(Trainer):
         per_step = args.train_batch_size * args.gradient_accumulation_steps * world
         epoch_length = math.ceil(len(self._examples) / per_step) * per_step
         seed = derive_seed(args.seed, "sample stream")
-        evaluation = None if eval_dataset is None else _Fixed(self._samples(as_examples(eval_dataset, args.max_length, args.loss == "sft")))
+        evaluation = (
+            None
+            if eval_dataset is None
+            else _Fixed(self._samples(as_examples(eval_dataset, args.max_length, args.loss == "sft")))
+        )
         super().__init__(
             model=self.policy.model,  # type: ignore[arg-type]  # a PEFT model is what the base class expects, too
             args=args,

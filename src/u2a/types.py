@@ -68,10 +68,18 @@ def write_whole(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    """The process's file mode mask (mkstemp ignores it)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class Row(BaseModel):
@@ -244,9 +252,7 @@ class Partition(Record):
         rows = tuple(sorted(self.retain, key=lambda row: row.id))
         if len(rows) < 5:
             return RetainParts(rows, rows, rows)
-        return RetainParts(
-            tuple(row for k, row in enumerate(rows) if k % 5 < 3), rows[3::5], rows[4::5]
-        )
+        return RetainParts(tuple(row for k, row in enumerate(rows) if k % 5 < 3), rows[3::5], rows[4::5])
 
 
 # --- stage 2: reward analysis -------------------------------------------------------------------

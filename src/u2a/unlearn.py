@@ -21,7 +21,7 @@ from u2a.config import GuardSection, UnlearnSection
 from u2a.errors import ConfigError
 from u2a.guard import CollapseGuard, GuardResult
 from u2a.losses import UnlearningLoss, make_loss
-from u2a.modeling import Policy
+from u2a.modeling import Params, Policy
 from u2a.progress import Advance, Quiet
 from u2a.trainer import StepReporter, UnlearnConfig, UnlearnTrainer
 from u2a.types import Example, StepLog, UnlearnResult
@@ -129,6 +129,51 @@ def unlearn(
             seconds=time.monotonic() - start,
             **_settled_fields(settled, steps),
         )
+
+
+@dataclass
+class InnerSolver:
+    """Solves inner problems, and does not solve the very same one twice in a row.
+
+    The last round of selection and the final run are often the same problem; the second time the stored solution is
+    restored.
+
+    Attributes:
+        policy: the policy.
+    """
+
+    policy: Policy
+    _key: tuple[Any, ...] | None = None
+    _result: UnlearnResult | None = None
+    _theta: Params = field(default_factory=dict)
+
+    def __call__(
+        self,
+        problem: InnerProblem,
+        weights: Mapping[str, float],
+        arm: str = "u2a",
+        output_dir: str | Path | None = None,
+        advance: Advance | None = None,
+    ) -> UnlearnResult:
+        """Solve one inner problem; see :func:`unlearn`.
+
+        Args:
+            problem: candidates, retain rows and options.
+            weights: omega by candidate id.
+            arm: name for the record.
+            output_dir: where checkpoints go.
+            advance: progress.
+
+        Returns:
+            What was done; the policy is left at theta*(omega).
+        """
+        key = (problem, tuple(sorted((name, weight) for name, weight in weights.items() if weight > 0)))
+        if key == self._key and self._result is not None:
+            self.policy.restore(self._theta)
+            return self._result.model_copy(update={"arm": arm})
+        result = unlearn(self.policy, problem, weights, arm, output_dir, advance)
+        self._key, self._result, self._theta = key, result, self.policy.snapshot()
+        return result
 
 
 def weighted_rows(forget: tuple[Example, ...], weights: Mapping[str, float]) -> tuple[Example, ...]:

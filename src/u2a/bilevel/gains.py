@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from u2a.bilevel.hypergrad import Adjoint, InnerHessian, make_adjoint
-from u2a.bilevel.objective import DPO, NLL, Item, Margin, Objective, objective_gradient
-from u2a.bilevel.score import CandidateLosses, Scorer, agreement, make_scorer
+from u2a.bilevel.objective import DPO, NLL, Margin, Objective, objective_gradient
+from u2a.bilevel.score import CandidateLosses, agreement, make_scorer
 from u2a.bilevel.select import FoldStatistics, fold_statistics, make_estimator, reliability
 from u2a.bilevel.vectors import dot
 from u2a.config import SolveSection
@@ -153,16 +153,16 @@ def compute_gains(
     scorer = make_scorer(outer.section)
     passes = scorer.passes(len(directions))
     with console.phase("score candidates", passes * len(losses.rows), "candidates") as advance:
-        slopes = scorer.derivatives(losses, directions, advance)
+        found = scorer.derivatives(losses, directions, advance)
+        slopes = found.derivatives
         error = None if outer.section.scorer == "jvp" else agreement(losses, directions, slopes)
-    base = losses.values()
     values = torch.cat([part.values for part in parts])
     _check(slopes, losses.ids)
     statistics = fold_statistics(-slopes, folds.sizes)
     estimates = make_estimator(outer.section).estimate(statistics)
     gram = torch.tensor([[dot(a.gradient, b.gradient) for b in parts] for a in parts], dtype=torch.float64)
     table = ScoreTable(
-        rows=_rows(losses, -slopes, statistics, estimates, base),
+        rows=_rows(losses, -slopes, statistics, estimates, found.losses),
         objective=objective.name,
         loss=inner.loss_text,
         adjoint=adjoint.name,
@@ -196,7 +196,7 @@ def candidate_losses(policy: Policy, inner: InnerProblem) -> CandidateLosses:
 def _adjoints(
     adjoint: Adjoint, gradients: Sequence[Params], curvature: InnerHessian, console: Console
 ) -> tuple[list[Params], tuple[SolveStatus, ...]]:
-    """u of every fold."""
+    """U of every fold."""
     if not adjoint.needs_curvature:
         solved = [adjoint.solve(gradient, None) for gradient in gradients]
     else:

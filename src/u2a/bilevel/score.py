@@ -119,13 +119,26 @@ def shifted(policy: Policy, direction: Params, step: float) -> Iterator[None]:
                 value.copy_(saved[name])
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """What a scorer found.
+
+    Attributes:
+        derivatives: (candidates, directions) d/dt l_k(theta + t u) at t = 0, float64, CPU.
+        losses: (candidates,) l_k(theta); for central differences the mean of both sides (equal to second order).
+    """
+
+    derivatives: Tensor
+    losses: Tensor
+
+
 class Scorer(Protocol):
     """A way to compute directional derivatives, as a value."""
 
     @property
     def name(self) -> str: ...
 
-    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Tensor:
+    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Slopes:
         """d/dt l_k(theta + t u) at t = 0 for every candidate and direction.
 
         Args:
@@ -134,7 +147,7 @@ class Scorer(Protocol):
             advance: progress, told candidates per forward pass.
 
         Returns:
-            (candidates, directions) float64 on the CPU.
+            Derivatives and losses.
         """
         ...
 
@@ -160,18 +173,20 @@ class ForwardMode:
         """One per direction."""
         return n_directions
 
-    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Tensor:
+    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Slopes:
         """See :class:`Scorer`; attention runs on the kernel that supports forward mode."""
         theta = {name: value.detach() for name, value in losses.policy.trainable().items()}
         out = torch.zeros(len(losses.rows), len(directions), dtype=torch.float64)
+        base = torch.zeros(len(losses.rows), dtype=torch.float64)
         with torch.no_grad(), second_order_attention():
             for column, direction in enumerate(directions):
                 tangent = {name: direction[name].to(value) for name, value in theta.items()}
                 for batch in losses.batches():
-                    _, slope = torch.func.jvp(lambda p, rows=batch: losses.of(rows, p), (theta,), (tangent,))
+                    value, slope = torch.func.jvp(lambda p, rows=batch: losses.of(rows, p), (theta,), (tangent,))
                     out[batch, column] = slope.double().cpu()
+                    base[batch] = value.double().cpu()
                     advance.advance(len(batch))
-        return out
+        return Slopes(out, base)
 
 
 @dataclass(frozen=True)
@@ -193,9 +208,10 @@ class Central:
         """Two per direction."""
         return 2 * n_directions
 
-    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Tensor:
+    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Slopes:
         """See :class:`Scorer`."""
         out = torch.zeros(len(losses.rows), len(directions), dtype=torch.float64)
+        base: Tensor | None = None
         for column, direction in enumerate(directions):
             u, length = unit(direction)
             if length == 0.0:
@@ -206,7 +222,8 @@ class Central:
             with shifted(losses.policy, u, -step):
                 below = losses.values(advance)
             out[:, column] = (above - below) / (2.0 * step) * length
-        return out
+            base = (above + below) / 2.0
+        return Slopes(out, losses.values() if base is None else base)
 
 
 @dataclass(frozen=True)
@@ -228,7 +245,7 @@ class OneSided:
         """One per direction and one for the base."""
         return n_directions + 1
 
-    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Tensor:
+    def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Slopes:
         """See :class:`Scorer`."""
         base = losses.values(advance)
         out = torch.zeros(len(losses.rows), len(directions), dtype=torch.float64)
@@ -240,7 +257,7 @@ class OneSided:
             with shifted(losses.policy, u, step):
                 above = losses.values(advance)
             out[:, column] = (above - base) / step * length
-        return out
+        return Slopes(out, base)
 
 
 def choose_step(losses: CandidateLosses, direction: Params, target: float = 0.005, probe: int = 8) -> float:
@@ -288,7 +305,7 @@ def agreement(losses: CandidateLosses, directions: Sequence[Params], found: Tens
     """
     order = sorted(range(len(losses.rows)), key=lambda index: losses.ids[index])
     chosen = order[:: max(1, len(order) // sample)][:sample]
-    exact = ForwardMode().derivatives(losses.subset(chosen), directions[:1], Quiet())[:, 0]
+    exact = ForwardMode().derivatives(losses.subset(chosen), directions[:1], Quiet()).derivatives[:, 0]
     size = float(exact.norm())
     return float((found[chosen, 0] - exact).norm()) / size if size > 0 else None
 

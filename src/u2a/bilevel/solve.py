@@ -17,13 +17,13 @@ from torch import Tensor
 from u2a.bilevel.gains import Folds, Gains, OuterProblem, compute_gains, split_preference
 from u2a.bilevel.objective import Item, Objective, objective_values
 from u2a.bilevel.select import decide, top_block
-from u2a.bilevel.weight import drop_small, frank_wolfe_gap, mirror_step, penalty, refine
+from u2a.bilevel.weight import drop_small, frank_wolfe_gap, penalty, refine
 from u2a.errors import ConfigError
 from u2a.modeling import Policy
 from u2a.progress import Console
 from u2a.stream import permutation
 from u2a.types import Round, ScoreTable, Solution, WeightRow, derive_seed
-from u2a.unlearn import InnerProblem, unlearn
+from u2a.unlearn import InnerProblem, InnerSolver, unlearn
 
 __all__ = ["OuterProblem", "n_to_select", "random_weights", "score", "solve"]
 
@@ -96,7 +96,7 @@ class _State:
 
 
 def solve(
-    policy: Policy,
+    inner_solver: InnerSolver,
     inner: InnerProblem,
     outer: OuterProblem,
     console: Console,
@@ -105,7 +105,8 @@ def solve(
     """Find the weights omega that minimise g(omega) = -J(theta*(omega)) + beta sum omega^p on the simplex.
 
     Args:
-        policy: the policy; it is left at some theta (reset it, or unlearn with the solution's weights).
+        inner_solver: solves the inner problems of its policy, which is left at some theta (reset it, or unlearn
+            with the solution's weights).
         inner: candidates, retain rows and inner options.
         outer: PA pairs and outer options.
         console: progress.
@@ -121,6 +122,7 @@ def solve(
     Source: arXiv 2504.06659, algorithm 1 (greedy selection, eq. 8, and multiplicative weights, eq. 10).
     Departs: block-greedy; gains carry standard errors and may be refused; held-out stop; guard in every inner run.
     """
+    policy = inner_solver.policy
     most = n_to_select(inner, outer)
     folds = split_preference(outer)
     monitor = _Monitor(policy, outer.objective_value(), folds)
@@ -146,7 +148,7 @@ def solve(
             state.stopped = "no candidate promises a gain"
             break
         with console.phase(f"inner run, round {index + 1}", steps, "steps") as advance:
-            result = unlearn(policy, inner, _mapping(inner, state.weights), arm=f"round {index}", advance=advance)
+            result = inner_solver(inner, _mapping(inner, state.weights), f"round {index}", advance=advance)
         value_pa, value_heldout = monitor.measure()
         record = Round(
             index=index,

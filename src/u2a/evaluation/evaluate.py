@@ -80,7 +80,7 @@ def evaluate_arm(
     with progress.phase(f"evaluate {name}", total=len(prompts) + 2, unit="parts") as bar:
         margins = preference_margins(policy, partition.evaluation)
         bar.advance(note="preference")
-        retained = retain_nll(policy, partition.retain)
+        retained = retain_nll(policy, partition.retain_parts().evaluation)
         bar.advance(note="perplexity")
         texts = generate(
             policy,

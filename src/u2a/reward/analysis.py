@@ -135,7 +135,7 @@ def analyse(
     rows = []
     for index, example in enumerate(forget):
         token = None if tokens is None else tokens[index]
-        low = None if token is None or threshold is None else float((token < threshold).float().mean())
+        low = None if token is None or threshold is None else float((token < threshold).double().mean())
         rows.append(
             RewardRow(
                 id=example.id,

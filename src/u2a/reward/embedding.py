@@ -22,10 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from scipy.optimize import minimize
-from scipy.special import expit
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
@@ -95,7 +94,7 @@ class Embedder:
         hidden = self._model(**inputs).last_hidden_state.double()
         mask = inputs["attention_mask"][..., None].double()
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0)
-        return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+        return F.normalize(mean, dim=-1).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def fit_bradley_terry(differences: np.ndarray, l2: float) -> np.ndarray:
     """Minimise the penalised Bradley-Terry log loss by L-BFGS.
 
     Args:
-        differences: (pairs, features) chosen minus rejected.
+        differences: (pairs, features) float64, chosen minus rejected.
         l2: penalty, > 0.
 
     Returns:
@@ -146,14 +145,25 @@ def fit_bradley_terry(differences: np.ndarray, l2: float) -> np.ndarray:
     if not np.isfinite(differences).all():
         raise NonFiniteError("features of the reward head", "reward")
 
-    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = differences @ weights
-        value = np.logaddexp(0.0, -logits).mean() + l2 / 2 * weights @ weights
-        return float(value), -differences.T @ expit(-logits) / len(differences) + l2 * weights
+    rows = torch.from_numpy(differences)
+    weights = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [weights],
+        max_iter=500,
+        history_size=20,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
-    start = np.zeros(differences.shape[1])
-    options = {"maxiter": 1000, "gtol": 1e-8, "ftol": 1e-14}
-    return minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.softplus(-(rows @ weights)).mean() + l2 / 2 * weights.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)  # type: ignore[arg-type]  # the closure may return a tensor
+    return weights.detach().numpy()
 
 
 def fit_head(chosen: np.ndarray, rejected: np.ndarray, prompts: Sequence[str], folds: int = 5) -> BradleyTerryHead:
