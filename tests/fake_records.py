@@ -7,7 +7,9 @@ import random
 from typing import Any
 
 from u2a.config import RunConfig
+from u2a.record import content_id
 from u2a.run_records import RunRecords
+from u2a.solution import Reliability, Round, ScoreRow, ScoreTable, Solution, SolveStatus, WeightRow
 from u2a.types import (
     Contrast,
     EvalTable,
@@ -17,20 +19,12 @@ from u2a.types import (
     Metric,
     Pair,
     Partition,
-    Reliability,
     RewardCard,
     RewardRow,
     RewardTable,
-    Round,
     Sample,
-    ScoreRow,
-    ScoreTable,
-    Solution,
-    SolveStatus,
     StepLog,
     UnlearnResult,
-    WeightRow,
-    content_id,
 )
 
 PROMPTS = (

@@ -23,7 +23,8 @@ from u2a.console import (
     tone,
 )
 from u2a.evaluation.metrics import METRICS
-from u2a.types import Contrast, EvalTable, Metric, Solution, WeightRow
+from u2a.solution import Solution, WeightRow
+from u2a.types import Contrast, EvalTable, Metric
 
 EVIL = "\x1b[31mred\x07\u202e \u2603 tab\there\n" + "long " * 80
 

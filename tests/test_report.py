@@ -17,9 +17,9 @@ from fake_records import empty_records, fake_partition, fake_records
 from u2a import report
 from u2a.console import interval, metric_scale, number
 from u2a.errors import RecordError
+from u2a.record import Record
 from u2a.report import RunRecords, render_report, write_report
 from u2a.run_records import candidates, cautions, flattened, option_rows, what_was_done
-from u2a.types import Record
 
 EVIL = "</td></style></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}{% raw %}javascript:"
 VOID = {"meta", "input", "br"}

@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from u2a.bilevel.gains import OuterProblem
     from u2a.bilevel.solve import score, solve
-    from u2a.config import RunConfig, load_config
+    from u2a.config import RunConfig
+    from u2a.config_file import load_config
     from u2a.modeling import Policy
     from u2a.partition import partition
     from u2a.run import Result, align, run
@@ -30,7 +31,7 @@ _HOME = {
     "UnlearnConfig": "u2a.trainer",
     "UnlearnTrainer": "u2a.trainer",
     "align": "u2a.run",
-    "load_config": "u2a.config",
+    "load_config": "u2a.config_file",
     "partition": "u2a.partition",
     "run": "u2a.run",
     "score": "u2a.bilevel.solve",
@@ -39,22 +40,9 @@ _HOME = {
 }
 
 __all__ = [
-    "InnerProblem",
-    "InnerSolver",
-    "OuterProblem",
-    "Policy",
-    "Result",
-    "RunConfig",
-    "UnlearnConfig",
-    "UnlearnTrainer",
-    "align",
-    "load_config",
-    "partition",
-    "run",
-    "score",
-    "solve",
-    "unlearn",
-]
+    "InnerProblem", "InnerSolver", "OuterProblem", "Policy", "Result", "RunConfig", "UnlearnConfig", "UnlearnTrainer",
+    "align", "load_config", "partition", "run", "score", "solve", "unlearn",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _loaded(options: argparse.Namespace) -> RunConfig:
-    from u2a.config import load_config
+    from u2a.config_file import load_config
 
     if options.config is None:
         raise ConfigError("no configuration file (u2a config --print > config.yaml makes one)")
@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from u2a.config import load_config
+    from u2a.config_file import load_config
 
     path = Path(str(package_files("u2a") / "assets" / "demo" / "config.yaml"))
     config = load_config(path, options.overrides, options.preset)
@@ -113,7 +113,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    from u2a.config import load_config, print_options
+    from u2a.config_file import load_config, print_options
 
     if options.show and options.config is None and not options.overrides and options.preset is None:
         print(print_options(), end="")
@@ -162,7 +162,7 @@ def _score(options: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("model", "forget", "prefs", "out") if not getattr(options, name)]
     if missing:
         raise ConfigError(f"score: {', '.join(missing)} missing (or give a configuration file)")
-    from u2a.config import load_config
+    from u2a.config_file import load_config
 
     config = load_config(None, options.overrides, options.preset)
     from u2a.progress import Console

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from u2a.evaluation.metrics import METRICS
-from u2a.types import Contrast, EvalTable, Metric, Reliability, Round, Solution
+from u2a.solution import Reliability, Round, Solution
+from u2a.types import Contrast, EvalTable, Metric
 
 WIDTH = 100
 

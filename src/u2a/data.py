@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from u2a.config import DataSection, FieldMap
 from u2a.errors import DataError
+from u2a.record import content_id
 from u2a.rows import RawRow, Source, read_rows
-from u2a.types import Example, Message, Pair, content_id
+from u2a.types import Example, Message, Pair
 
 if TYPE_CHECKING:
     from datasets import Dataset

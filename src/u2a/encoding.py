@@ -87,12 +87,14 @@ class Encoder:
                 f"tokenizer {tokenizer.name_or_path!r} has no chat template "
                 "(use an instruction-tuned model, or set tokenizer.chat_template)"
             )
-        if tokenizer.eos_token_id is None:
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        if not isinstance(end, int):
             raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token")
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.end_ids = frozenset({int(tokenizer.eos_token_id), *end_ids})
-        self.pad_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        self.end_id = end
+        self.end_ids = frozenset({end, *end_ids})
+        self.pad_id = pad if isinstance(pad, int) else end
 
     def prompt_text(self, prompt: Sequence[Message]) -> str:
         """Render a prompt up to and including the generation prompt.
@@ -150,7 +152,7 @@ class Encoder:
         if ends:
             return tuple(ids[: ends[-1] + 1])
         ids = list(self.tokenizer(tail.rstrip(), add_special_tokens=False)["input_ids"])
-        return (*ids, int(self.tokenizer.eos_token_id))
+        return (*ids, self.end_id)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]

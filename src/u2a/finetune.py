@@ -1,4 +1,4 @@
-"""The paper's misaligned start: supervised fine-tuning on a mixture of good and bad answers, merged into the weights."""
+"""The paper's misaligned start: supervised fine-tuning on good and bad answers, merged into the weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from u2a.config import FinetuneSection
 from u2a.errors import ConfigError
 from u2a.modeling import Policy
 from u2a.progress import Advance
+from u2a.record import content_id
 from u2a.trainer import StepReporter, UnlearnConfig, UnlearnTrainer
-from u2a.types import Example, Pair, Partition, content_id
+from u2a.types import Example, Pair, Partition
 
 
 def mixture(

@@ -75,12 +75,11 @@ class CollapseGuard(TrainerCallback):
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> TrainerControl:
+    ) -> None:
         """Measure at the interval and stop the run on a breach."""
         every = self.section.every_steps
         if every and state.global_step % every == 0 and not self.measure(state.global_step):
             control.should_training_stop = True
-        return control
 
     def settle(self, steps: int) -> GuardResult:
         """After the run: measure the end, and scale down or roll back a breach.

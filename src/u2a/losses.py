@@ -78,11 +78,19 @@ class UnlearningLoss(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Short name with parameters, for records."""
+        ...
+
     @property
-    def needs_reference(self) -> bool: ...
+    def needs_reference(self) -> bool:
+        """Whether ``reference_sum`` must be given."""
+        ...
+
     @property
-    def needs_retain(self) -> bool: ...
+    def needs_retain(self) -> bool:
+        """Whether a retain term on retain rows is part of the method."""
+        ...
 
     def per_sample(self, answers: AnswerLogProbs, reference_sum: Tensor | None) -> Tensor:
         """Losses of a batch.

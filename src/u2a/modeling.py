@@ -6,18 +6,17 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from u2a.config import AdapterConfig, ModelSection
+from u2a.config import AdapterConfig
 from u2a.encoding import Batch, Encoded, Encoder, collate, token_batches
 from u2a.errors import ModelError, NonFiniteError
-from u2a.packaged import resolve_model
 
 Params = dict[str, Tensor]
 
@@ -121,7 +120,7 @@ class Policy:
         self.token_budget = token_budget
         self.has_adapter = isinstance(adapter, LoraConfig) or adapter.enabled
         if self.has_adapter:
-            config = adapter if isinstance(adapter, LoraConfig) else lora_config(adapter)
+            config = adapter if isinstance(adapter, LoraConfig) else lora_config(adapter, model)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self.model: nn.Module = get_peft_model(model, config)
@@ -130,6 +129,8 @@ class Policy:
         for module in self.model.modules():  # every pass must see the same function
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+            elif isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0  # type: ignore[assignment]  # attention kernels take the number
         self.model.eval()
         self._names = tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
         if not self._names:
@@ -218,7 +219,7 @@ class Policy:
         """
         out = torch.zeros(len(encoded))
         for batch in token_batches(encoded, self.token_budget):
-            out[batch] = self.log_probs([encoded[index] for index in batch]).sum.cpu()
+            out[batch] = self.log_probs([encoded[index] for index in batch]).sum.float().cpu()
         return out
 
     def reference_sums(self, encoded: Sequence[Encoded]) -> Tensor:
@@ -314,7 +315,8 @@ def lora_change_sq(model: nn.Module) -> Tensor:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.lora_A:
-                down, up = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+                down = cast(Tensor, module.lora_A[name].weight).float()
+                up = cast(Tensor, module.lora_B[name].weight).float()
                 terms.append(module.scaling[name] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
     if not terms:
         raise ModelError("the proximal term needs linear LoRA layers, none was found")
@@ -334,102 +336,25 @@ def end_ids(model: nn.Module) -> list[int]:
     return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
 
 
-def lora_config(adapter: AdapterConfig) -> LoraConfig:
+def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
     """Turn the adapter options into peft's configuration.
 
     Args:
         adapter: options.
+        model: the model, whose linear modules are looked up where ``all-linear`` is limited to some layers.
 
     Returns:
         A LoRA configuration without dropout (every run must see the same function).
     """
+    targets = adapter.target_modules
+    if adapter.layers is not None and targets == "all-linear":
+        names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        targets = sorted({name.rsplit(".", 1)[-1] for name in names if ".layers." in f".{name}"})
     return LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft takes floats
         lora_dropout=0.0,
-        target_modules=adapter.target_modules,
+        target_modules=targets,
         layers_to_transform=adapter.layers,
         task_type="CAUSAL_LM",
     )
-
-
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, before any model, so that a missing chat template shows at once.
-
-    Args:
-        section: the model options.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    path = resolve_model(section.name_or_path)
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.name_or_path: no tokenizer at {section.name_or_path!r} ({_first_line(error)})"
-        ) from None
-
-
-def load_model(section: ModelSection) -> PreTrainedModel:
-    """Load the policy's weights (safetensors only) onto its device.
-
-    Args:
-        section: the model options.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        ModelError: it cannot be loaded, or its weights are not safetensors.
-    """
-    path = resolve_model(section.name_or_path)
-    quantization = None
-    if section.load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    try:
-        AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype="auto" if section.dtype == "auto" else getattr(torch, section.dtype),
-            attn_implementation=section.attention,
-            use_safetensors=True,
-            trust_remote_code=section.trust_remote_code,
-            quantization_config=quantization,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.name_or_path: cannot load {section.name_or_path!r} ({_first_line(error)})") from None
-    return model.eval() if quantization else model.to(pick_device(section.device)).eval()
-
-
-def pick_device(name: str) -> torch.device:
-    """Turn the option ``model.device`` into a device that exists.
-
-    Args:
-        name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-
-    Returns:
-        The device.
-
-    Raises:
-        ModelError: unknown or absent device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"model.device: {name!r} is not available ({_first_line(error)})") from None
-    return device
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

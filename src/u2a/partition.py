@@ -16,7 +16,8 @@ from typing import Any, Literal
 from u2a.config import DataSection, PartitionSection, RunConfig
 from u2a.data import Source, example_id, fold, parse_examples, parse_pairs, prompt_key, read_rows
 from u2a.errors import ConfigError, DataError
-from u2a.types import Example, Leak, Pair, Partition, content_id
+from u2a.record import content_id
+from u2a.types import Example, Leak, Pair, Partition
 
 Row = Pair | Example
 

@@ -23,27 +23,15 @@ from u2a.errors import DataError, RecordError
 from u2a.evaluation.evaluate import ArmResult, build_table, evaluate_arm
 from u2a.evaluation.expected_reward import sampled_reward
 from u2a.finetune import finetune, mixture, n_steps
-from u2a.modeling import Policy, load_model, load_tokenizer
+from u2a.model_loading import load_model, load_tokenizer
+from u2a.modeling import Policy
 from u2a.partition import describe, partition
 from u2a.progress import Console
+from u2a.record import Record, content_id, derive_seed, write_whole
 from u2a.reward.analysis import analyse, build_reward_model, evaluation_section, reward_card
 from u2a.reward.base import RewardModel
-from u2a.types import (
-    EvalTable,
-    Example,
-    Pair,
-    Partition,
-    Record,
-    RewardCard,
-    RewardTable,
-    Round,
-    ScoreTable,
-    Solution,
-    UnlearnResult,
-    content_id,
-    derive_seed,
-    write_whole,
-)
+from u2a.solution import Round, ScoreTable, Solution
+from u2a.types import EvalTable, Example, Pair, Partition, RewardCard, RewardTable, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

@@ -29,8 +29,9 @@ from u2a.console import (
 )
 from u2a.evaluation.metrics import METRICS
 from u2a.figures import Frame, Level, Series, bar_chart, histogram, interval_glyph, xy_chart
+from u2a.record import write_whole
 from u2a.run_records import Candidate, RunRecords, candidates, cautions, flattened, option_rows, what_was_done
-from u2a.types import Contrast, EvalTable, Partition, UnlearnResult, write_whole
+from u2a.types import Contrast, EvalTable, Partition, UnlearnResult
 
 __all__ = ["RunRecords", "render_report", "write_report"]
 

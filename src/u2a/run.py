@@ -23,13 +23,15 @@ from u2a.console import evaluation_table, reliability_text, samples_text, select
 from u2a.data import Source
 from u2a.errors import ConfigError, ModelError
 from u2a.model_card import model_card
-from u2a.modeling import Policy, load_model, load_tokenizer
+from u2a.model_loading import load_model, load_tokenizer
+from u2a.modeling import Policy
 from u2a.partition import build_partition, read_inputs
 from u2a.pipeline import Pipeline, arms_of, check_lengths
 from u2a.progress import Console, peak_rss_bytes
+from u2a.record import derive_seed, write_whole
 from u2a.report import write_report
 from u2a.run_records import RunRecords
-from u2a.types import EvalTable, Metric, derive_seed, write_whole
+from u2a.types import EvalTable, Metric
 from u2a.unlearn import InnerProblem
 
 SUMMARY_METRICS = ("preference_accuracy", "preference_margin", "reward", "retain_ppl")

@@ -11,10 +11,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from u2a.config import RunConfig, all_options, load_config
+from u2a.config import RunConfig
+from u2a.config_file import all_options, load_config
 from u2a.console import FALLBACK_SENTENCES, number
 from u2a.errors import RecordError
-from u2a.types import EvalTable, Partition, Record, RewardTable, ScoreTable, Solution, UnlearnResult
+from u2a.record import Record
+from u2a.solution import ScoreTable, Solution
+from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 

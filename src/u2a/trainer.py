@@ -17,16 +17,19 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from u2a.config import AdapterConfig, DataSection, GuardSection, ModelSection
-from u2a.data import read_examples
+from u2a.config import AdapterConfig, DataSection, FieldMap, GuardSection, ModelSection
+from u2a.data import parse_examples
 from u2a.encoding import Batch, Encoded, token_batches
 from u2a.errors import ConfigError, ModelError, NonFiniteError
 from u2a.guard import CollapseGuard, GuardResult, all_finite
 from u2a.losses import UnlearningLoss, check_retain, kl_from_reference, make_loss
-from u2a.modeling import Policy, answer_log_probs, load_model, load_tokenizer
+from u2a.model_loading import load_model, load_tokenizer
+from u2a.modeling import Policy, answer_log_probs
 from u2a.progress import Advance
+from u2a.record import derive_seed
+from u2a.rows import read_rows
 from u2a.stream import BatchMaker, Sample, SampleStream, StreamSampler
-from u2a.types import Example, derive_seed
+from u2a.types import Example
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,23 +138,21 @@ class UnlearnTrainer(Trainer):
         self._ref_model = None if ref_model is None else ref_model.eval().requires_grad_(False)
         if args.retain_term == "kl" and not self.policy.has_adapter and ref_model is None:
             raise ConfigError("retain_term 'kl' with full fine-tuning needs ref_model (with an adapter it does not)")
-        self._examples = as_examples(train_dataset, args.max_length, args.loss == "sft")
+        self._examples = as_examples(train_dataset, args.loss == "sft")
         if train_dataset is not None and not self._examples:
             raise ConfigError("train_dataset has no row of positive weight (unlearning nothing changes nothing)")
-        self._retain = self._encode(as_examples(retain_dataset, args.max_length, good=True))
+        self._retain = self._encode(as_examples(retain_dataset, good=True))
         if args.retain_term in ("nll", "kl") and not self._retain and train_dataset is not None:
             raise ConfigError(f"retain_term {args.retain_term!r} needs a retain_dataset (or set retain_term to none)")
-        if args.label_names is None:
-            args.label_names = []
+        args.label_names = args.label_names or []
+        self._config = args
         world = max(1, args.world_size)
         per_step = args.train_batch_size * args.gradient_accumulation_steps * world
         epoch_length = math.ceil(len(self._examples) / per_step) * per_step
         seed = derive_seed(args.seed, "sample stream")
-        evaluation = (
-            None
-            if eval_dataset is None
-            else _Fixed(self._samples(as_examples(eval_dataset, args.max_length, args.loss == "sft")))
-        )
+        held_out = as_examples(eval_dataset, args.loss == "sft")
+        evaluation = None if eval_dataset is None else _Fixed(self._samples(held_out, len(self._examples)))
+        self._ids = [row.id for row in (*self._examples, *held_out)]
         super().__init__(
             model=self.policy.model,  # type: ignore[arg-type]  # a PEFT model is what the base class expects, too
             args=args,
@@ -184,8 +185,8 @@ class UnlearnTrainer(Trainer):
         encode = self.policy.encoder.encode
         return tuple(encode(row.prompt, row.completion, row.source or row.id) for row in examples)
 
-    def _samples(self, examples: Sequence[Example]) -> tuple[Sample, ...]:
-        """Encode rows and attach weights (mean 1) and reference log-probabilities."""
+    def _samples(self, examples: Sequence[Example], first: int = 0) -> tuple[Sample, ...]:
+        """Encode rows and attach weights (mean 1), reference log-probabilities, and numbers from ``first`` on."""
         encoded = self._encode(examples)
         sums = torch.zeros(len(encoded))
         if self.unlearning_loss.needs_reference and encoded:
@@ -193,7 +194,7 @@ class UnlearnTrainer(Trainer):
         weights = [1.0 if row.weight is None else row.weight for row in examples]
         scale = len(weights) / math.fsum(weights) if weights else 1.0
         rows = zip(encoded, weights, sums.tolist(), strict=True)
-        return tuple(Sample(item, weight * scale, ref, k) for k, (item, weight, ref) in enumerate(rows))
+        return tuple(Sample(item, weight * scale, ref, k) for k, (item, weight, ref) in enumerate(rows, first))
 
     @torch.no_grad()
     def _sums_of(self, encoded: Sequence[Encoded]) -> Tensor:
@@ -202,7 +203,7 @@ class UnlearnTrainer(Trainer):
         model = self._ref_model.to(self.policy.device)  # type: ignore[union-attr]
         for batch in token_batches(encoded, self.policy.token_budget):
             rows = self.policy.collate([encoded[index] for index in batch])
-            out[batch] = answer_log_probs(model, rows).sum.cpu()
+            out[batch] = answer_log_probs(model, rows).sum.float().cpu()
         return out
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StreamSampler:
@@ -234,12 +235,12 @@ class UnlearnTrainer(Trainer):
         losses = self.unlearning_loss.per_sample(answers, inputs["reference_sum"])
         if not torch.isfinite(losses).all():
             bad = inputs["index"][~torch.isfinite(losses)].tolist()
-            raise NonFiniteError("loss", "unlearn", self.state.global_step, [self._examples[k].id for k in bad])
+            raise NonFiniteError("loss", "unlearn", self.state.global_step, [self._ids[k] for k in bad])
         forget = (inputs["weight"] * losses).mean()
         retain = self._retain_loss(model, inputs)
         if retain is not None and not torch.isfinite(retain):
-            raise NonFiniteError(f"retain term ({self.args.retain_term})", "unlearn", self.state.global_step)
-        loss = forget if retain is None else forget + self.args.retain_weight * retain
+            raise NonFiniteError(f"retain term ({self._config.retain_term})", "unlearn", self.state.global_step)
+        loss = forget if retain is None else forget + self._config.retain_weight * retain
         self._parts = {"forget_loss": float(forget.detach())} | (
             {} if retain is None else {"retain_loss": float(retain.detach())}
         )
@@ -247,13 +248,13 @@ class UnlearnTrainer(Trainer):
 
     def _retain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         """Mean over retain rows of the per-row mean over answer tokens; or the proximal term; or None."""
-        if self.args.retain_term == "proximal":
+        if self._config.retain_term == "proximal":
             return self.policy.change_sq()
         if "retain" not in inputs:
             return None
         batch = Batch(**inputs["retain"])
         answers = answer_log_probs(model, batch)
-        if self.args.retain_term == "nll":
+        if self._config.retain_term == "nll":
             return -answers.mean.mean()
         with torch.no_grad():
             if self._ref_model is not None:
@@ -356,12 +357,11 @@ class _FiniteGradients(TrainerCallback):
         return control
 
 
-def as_examples(rows: Rows | None, max_length: int, good: bool) -> tuple[Example, ...]:
+def as_examples(rows: Rows | None, good: bool) -> tuple[Example, ...]:
     """Turn any accepted form of rows into examples; rows of weight 0 are left out.
 
     Args:
         rows: a dataset, a list of dicts, examples, or None.
-        max_length: tokens per row (kept with the data options).
         good: of a preference pair take the chosen answer (else the rejected one).
 
     Returns:
@@ -373,7 +373,11 @@ def as_examples(rows: Rows | None, max_length: int, good: bool) -> tuple[Example
     if rows is None:
         return ()
     if not (isinstance(rows, list | tuple) and all(isinstance(row, Example) for row in rows)):
-        rows = read_examples(rows, DataSection(max_length=max_length), good)  # type: ignore[arg-type]
+        raw = read_rows(rows, "dataset")  # type: ignore[arg-type]
+        side = "chosen" if good else "rejected"
+        pairs = all(side in row.values and not {"completion", "messages"} & row.values.keys() for row in raw)
+        fields = FieldMap(completion=side) if pairs else FieldMap()
+        rows = parse_examples(raw, DataSection(fields=fields, retain_fields=fields), good)
     return tuple(row for row in rows if row.weight is None or row.weight > 0)  # type: ignore[union-attr]
 
 

@@ -6,6 +6,7 @@ differ in their weights alone.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -184,7 +185,7 @@ def weighted_rows(forget: tuple[Example, ...], weights: Mapping[str, float]) -> 
         weights: weight by id.
 
     Returns:
-        Changed copies in the order of ``forget``.
+        Changed copies sorted by id, so that a run does not depend on the order in which candidates were given.
 
     Raises:
         ConfigError: an id that is no candidate, a negative or non-finite weight, or no positive weight.
@@ -195,7 +196,8 @@ def weighted_rows(forget: tuple[Example, ...], weights: Mapping[str, float]) -> 
     bad = [name for name, weight in weights.items() if not 0.0 <= weight < float("inf")]
     if bad:
         raise ConfigError(f"weights: {bad[0]!r} has weight {weights[bad[0]]} (expected a finite number >= 0)")
-    rows = tuple(row.model_copy(update={"weight": weights[row.id]}) for row in forget if weights.get(row.id, 0.0) > 0.0)
+    chosen = sorted((row for row in forget if weights.get(row.id, 0.0) > 0.0), key=lambda row: row.id)
+    rows = tuple(row.model_copy(update={"weight": weights[row.id]}) for row in chosen)
     if not rows:
         raise ConfigError("weights: no candidate has positive weight (unlearning nothing changes nothing)")
     return rows
@@ -212,8 +214,8 @@ def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int)
         retain_batch_size=section.retain_batch_size,
         guard=False,  # the caller's guard watches rows that are not trained on
         learning_rate=section.learning_rate,
-        lr_scheduler_type=section.lr_scheduler,
-        warmup_steps=section.warmup_ratio,
+        lr_scheduler_type="constant_with_warmup" if section.lr_scheduler == "constant" else section.lr_scheduler,
+        warmup_steps=math.ceil(section.warmup_ratio * section.max_steps),  # "constant" alone would ignore it
         max_steps=section.max_steps,
         per_device_train_batch_size=min(section.batch_size, n_rows),
         gradient_accumulation_steps=section.gradient_accumulation_steps,

@@ -16,7 +16,8 @@ from u2a.evaluation.metrics import METRICS
 from u2a.evaluation.verdict import verdict
 from u2a.progress import Console
 from u2a.reward import CallableReward
-from u2a.types import Contrast, Metric, Partition, Reliability, ScoreTable, Solution, WeightRow
+from u2a.solution import Reliability, ScoreTable, Solution, WeightRow
+from u2a.types import Contrast, Metric, Partition
 
 torch.set_num_threads(1)
 QUIET = Console(quiet=True)

@@ -18,8 +18,10 @@ from u2a.data import prompt_key
 from u2a.errors import ConfigError, DataError, NonFiniteError
 from u2a.modeling import Params, Policy
 from u2a.progress import Console
+from u2a.record import content_id, derive_seed
+from u2a.solution import ScoreRow, ScoreTable, SolveStatus
 from u2a.stream import permutation
-from u2a.types import Pair, ScoreRow, ScoreTable, SolveStatus, content_id, derive_seed
+from u2a.types import Pair
 from u2a.unlearn import InnerProblem
 
 
@@ -210,7 +212,7 @@ def _adjoints(
 
 def _curvature(policy: Policy, inner: InnerProblem, outer: OuterProblem, weights: Mapping[str, float]) -> InnerHessian:
     """Hessian of the inner problem on a seeded sample of the weighted candidates and retain rows."""
-    chosen = [row for row in inner.forget if weights.get(row.id, 0.0) > 0]
+    chosen = sorted((row for row in inner.forget if weights.get(row.id, 0.0) > 0), key=lambda row: row.id)
     order = permutation(derive_seed(outer.seed, "curvature"), 0, len(chosen))[: outer.section.curvature_samples]
     chosen = [chosen[k] for k in order]
     encode = policy.encoder.encode
@@ -230,7 +232,7 @@ def _curvature(policy: Policy, inner: InnerProblem, outer: OuterProblem, weights
     )
 
 
-def _check(slopes: Tensor, ids: Sequence[str]) -> None:
+def _check(slopes: Tensor, ids: tuple[str, ...]) -> None:
     bad = [ids[k] for k in torch.nonzero(~torch.isfinite(slopes).all(1)).flatten().tolist()]
     if bad:
         raise NonFiniteError("score", "score", None, bad)

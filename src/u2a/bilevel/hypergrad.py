@@ -22,7 +22,7 @@ from u2a.config import SolveSection, UnlearnSection
 from u2a.encoding import Encoded, token_batches
 from u2a.losses import UnlearningLoss, kl_from_reference
 from u2a.modeling import Params, Policy, answer_log_probs
-from u2a.types import SolveStatus
+from u2a.solution import SolveStatus
 
 
 class Curvature(Protocol):
@@ -49,9 +49,14 @@ class Adjoint(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name with parameters, for records."""
+        ...
+
     @property
-    def needs_curvature(self) -> bool: ...
+    def needs_curvature(self) -> bool:
+        """Whether a curvature must be given."""
+        ...
 
     def solve(self, gradient: Params, curvature: Curvature | None) -> LinearSolution:
         """Apply H^-1.

@@ -8,17 +8,20 @@ again, and the result says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from u2a.bilevel.vectors import dot, is_finite, norm, plus, scaled, zeros_like
 from u2a.errors import NonFiniteError, NotConverged
 from u2a.modeling import Params
-from u2a.types import SolveStatus
+from u2a.solution import SolveStatus
 
 Matvec = Callable[[Params], Params]
 _RAISE = 4.0
 _MOST_RAISES = 40
+_LEAST_SHARE = 1e-6  # of the largest curvature seen: the first damping where there was none
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class LinearSolver(Protocol):
     """A linear solver as a value."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name with parameters, for records."""
+        ...
 
     def solve(self, matvec: Matvec, right: Params, damping: float) -> LinearSolution:
         """Solve (A + damping I) x = right.
@@ -108,18 +113,22 @@ class CG:
                     attempt.value, SolveStatus(status=status, steps=steps, residual=residual, damping=damping)
                 )
             raised = True
-            damping = max(_RAISE * damping, -2.0 * attempt.curvature, 1e-8)
+            damping = max(_RAISE * damping, -2.0 * attempt.curvature, _LEAST_SHARE * attempt.scale)
         raise NotConverged(f"cg: negative curvature persists at damping {damping:.2e} (set solve.damping)")
 
 
 @dataclass
 class _Attempt:
-    """State of one run of CG; ``curvature`` is the Rayleigh quotient p'Ap/p'p of a refused direction."""
+    """State of one run of CG.
+
+    ``curvature`` is the Rayleigh quotient p'Ap/p'p of a refused direction, ``scale`` the largest |p'(A + rho I)p|/p'p
+    met: what counts as zero curvature is relative to it, so that a solve does not depend on the unit of the losses.
+    """
 
     value: Params
     steps: int = 0
     curvature: float | None = None
-    directions: list[Params] = field(default_factory=list)
+    scale: float = 0.0
 
 
 def _attempt(matvec: Matvec, right: Params, damping: float, max_steps: int, tol: float) -> _Attempt:
@@ -128,13 +137,15 @@ def _attempt(matvec: Matvec, right: Params, damping: float, max_steps: int, tol:
     direction = residual
     rr = dot(residual, residual)
     goal = tol * tol * rr
+    round_off = 10.0 * max(torch.finfo(value.dtype).eps for value in right.values())
     for _ in range(max_steps):
         image = plus(matvec(direction), direction, damping)
         if not is_finite(image):
             raise NonFiniteError("curvature product", "solve", attempt.steps)
         attempt.steps += 1
         bend, length = dot(direction, image), dot(direction, direction)
-        if bend <= 1e-12 * length:
+        attempt.scale = max(attempt.scale, abs(bend) / length)
+        if bend <= round_off * attempt.scale * length:
             attempt.curvature = bend / length - damping
             return attempt
         step = rr / bend

@@ -54,7 +54,9 @@ class Objective(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name with parameters, for records."""
+        ...
 
     def prepare(self, policy: Policy, pairs: Sequence[Pair]) -> list[Item]:
         """Tokenise pairs, and compute what does not depend on theta.
@@ -332,11 +334,24 @@ def objective_values(objective: Objective, policy: Policy, items: Sequence[Item]
 
     Returns:
         (items,) float64 on the CPU.
+
+    Raises:
+        NonFiniteError: a value is not finite; the pair is named.
     """
     out = torch.zeros(len(items), dtype=torch.float64)
-    for batch in item_batches(items, policy.token_budget):
-        out[batch] = objective.per_item(policy, [items[index] for index in batch]).double().cpu()
+    for number, batch in enumerate(item_batches(items, policy.token_budget)):
+        rows = [items[index] for index in batch]
+        per_item = objective.per_item(policy, rows)
+        _check_values(per_item, rows, number)
+        out[batch] = per_item.double().cpu()
     return out
+
+
+def _check_values(per_item: Tensor, rows: Sequence[Item], number: int) -> None:
+    """Refuse a batch with a value that is not finite."""
+    if not torch.isfinite(per_item).all():
+        bad = [row.pair.id for row, value in zip(rows, per_item, strict=True) if not torch.isfinite(value)]
+        raise NonFiniteError("objective", "score", number, bad)
 
 
 @dataclass(frozen=True)
@@ -375,9 +390,7 @@ def objective_gradient(
     for number, batch in enumerate(item_batches(items, policy.token_budget)):
         rows = [items[index] for index in batch]
         per_item = objective.per_item(policy, rows)
-        if not torch.isfinite(per_item).all():
-            bad = [row.pair.id for row, value in zip(rows, per_item, strict=True) if not torch.isfinite(value)]
-            raise NonFiniteError("objective", "score", number, bad)
+        _check_values(per_item, rows, number)
         values[batch] = per_item.detach().double().cpu()
         gradients = torch.autograd.grad(per_item.sum(), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):

@@ -136,7 +136,9 @@ class Scorer(Protocol):
     """A way to compute directional derivatives, as a value."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name with parameters, for records."""
+        ...
 
     def derivatives(self, losses: CandidateLosses, directions: Sequence[Params], advance: Advance) -> Slopes:
         """d/dt l_k(theta + t u) at t = 0 for every candidate and direction.
@@ -182,7 +184,7 @@ class ForwardMode:
             for column, direction in enumerate(directions):
                 tangent = {name: direction[name].to(value) for name, value in theta.items()}
                 for batch in losses.batches():
-                    value, slope = torch.func.jvp(lambda p, rows=batch: losses.of(rows, p), (theta,), (tangent,))
+                    value, slope = torch.func.jvp(lambda p, rows=batch: losses.of(rows, p), (theta,), (tangent,))[:2]
                     out[batch, column] = slope.double().cpu()
                     base[batch] = value.double().cpu()
                     advance.advance(len(batch))
@@ -228,7 +230,7 @@ class Central:
 
 @dataclass(frozen=True)
 class OneSided:
-    """One-sided differences (l(theta + eps u) - l(theta)) / eps: one no-grad forward per direction, one in all for l(theta).
+    """One-sided differences (l(theta + eps u) - l(theta)) / eps: one no-grad forward per direction, one for l(theta).
 
     Attributes:
         step: eps, or None to choose it from a probe.

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from u2a.config import SolveSection
-from u2a.types import Reliability
+from u2a.solution import Reliability
 
 PRIOR_DOF = 4.0  # pseudo degrees of freedom that pull each candidate's noise towards the common one
 
@@ -134,7 +134,8 @@ def reliability(fold_gains: Tensor, fold_sizes: Sequence[int], gram: Tensor, sta
 
     Returns:
         Split-half Spearman and gradient cosine, averaged over all ways to split the folds into two halves of
-        (nearly) equal number, with Spearman-Brown's prediction for the whole set.
+        (nearly) equal number, with Spearman-Brown's prediction for the whole set (None where the halves
+        contradict each other, for which the formula has no meaning).
     """
     n, folds = fold_gains.shape
     sizes = torch.tensor(fold_sizes, dtype=torch.float64)
@@ -154,7 +155,7 @@ def reliability(fold_gains: Tensor, fold_sizes: Sequence[int], gram: Tensor, sta
     noise = 0.0 if statistics.se is None else float(statistics.se.square().mean().sqrt())
     return Reliability(
         split_half=split,
-        full_set=None if split is None or split <= -1.0 else 2 * split / (1 + split),
+        full_set=None if split is None or split < 0.0 else 2 * split / (1 + split),
         gradient_cosine=sum(cosines) / len(cosines) if cosines else None,
         mean_gain=statistics.mean_gain,
         mean_gain_se=statistics.mean_gain_se,
@@ -174,7 +175,7 @@ def halves(folds: int, most: int = 64) -> list[tuple[int, ...]]:
         most: at most this many, in lexicographic order.
 
     Returns:
-        The first half of each split (it holds fold 0); empty for one fold.
+        The first half of each split: the one with fold 0, or the larger one; empty for one fold.
 
     >>> halves(4)
     [(0, 1), (0, 2), (0, 3)]
@@ -182,19 +183,18 @@ def halves(folds: int, most: int = 64) -> list[tuple[int, ...]]:
     if folds < 2:
         return []
     size = (folds + 1) // 2
-    out = []
-    for rest in combinations(range(1, folds), size - 1):
-        out.append((0, *rest))
-        if len(out) == most:
-            break
-    return out
+    if folds % 2:  # halves of different size: each choice of the larger one is another split
+        return list(islice(combinations(range(folds), size), most))
+    return [(0, *rest) for rest in islice(combinations(range(1, folds), size - 1), most)]
 
 
 class Estimator(Protocol):
     """What candidates are ranked by, as a value."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name with parameters, for records."""
+        ...
 
     def estimate(self, statistics: FoldStatistics) -> Tensor:
         """Turn gains with uncertainty into one number per candidate.

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from u2a.bilevel.gains import Folds, Gains, OuterProblem, compute_gains, split_preference
-from u2a.bilevel.objective import Item, Objective, objective_values
+from u2a.bilevel.objective import Objective, objective_values
 from u2a.bilevel.select import decide, top_block
 from u2a.bilevel.weight import drop_small, frank_wolfe_gap, penalty, refine
 from u2a.errors import ConfigError
 from u2a.modeling import Policy
 from u2a.progress import Console
+from u2a.record import derive_seed
+from u2a.solution import Round, ScoreTable, Solution, WeightRow
 from u2a.stream import permutation
-from u2a.types import Round, ScoreTable, Solution, WeightRow, derive_seed
 from u2a.unlearn import InnerProblem, InnerSolver, unlearn
 
 __all__ = ["OuterProblem", "n_to_select", "random_weights", "score", "solve"]
@@ -178,12 +179,14 @@ class _Monitor:
         self._policy, self._objective = policy, objective
         self._pairs = [pair for fold in folds.folds for pair in fold]
         self._heldout = list(folds.heldout)
-        self._prepared: tuple[list[Item], list[Item]] | None = None
 
     def measure(self) -> tuple[float, float | None]:
         """(J on the PA pairs, J on the held-out pairs or None) at the policy's current theta.
 
         An objective that draws answers draws them anew at each call, since its value holds where they were drawn.
+
+        Returns:
+            The two means.
         """
         sets = [self._objective.prepare(self._policy, pairs) for pairs in (self._pairs, self._heldout)]
         values = [objective_values(self._objective, self._policy, items) for items in sets]

@@ -26,8 +26,10 @@ from u2a.evaluation.stats import (
 from u2a.evaluation.verdict import BEFORE, SOLUTION, verdict
 from u2a.modeling import Policy
 from u2a.progress import Console
+from u2a.record import Record, derive_seed
 from u2a.reward.base import RewardModel
-from u2a.types import Contrast, EvalTable, Metric, Pair, Partition, Record, RewardCard, Sample, Solution, derive_seed
+from u2a.solution import Solution
+from u2a.types import Contrast, EvalTable, Metric, Pair, Partition, RewardCard, Sample
 
 
 class ArmResult(Record):

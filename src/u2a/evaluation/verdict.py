@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from u2a.types import Contrast, Reliability, Solution
+from u2a.solution import Reliability, Solution
+from u2a.types import Contrast
 
 BEFORE, SOLUTION, RANDOM = "before", "after", "random_k"
 PRIMARY, VETO = "preference_margin", "preference_accuracy"

@@ -11,7 +11,8 @@ import torch
 from u2a.config import RewardSection
 from u2a.errors import ConfigError
 from u2a.evaluation.stats import pearson, wilson
-from u2a.modeling import Policy, pick_device
+from u2a.model_loading import pick_device
+from u2a.modeling import Policy
 from u2a.progress import Console
 from u2a.reward.base import RewardModel
 from u2a.reward.embedding import Embedder, train_embedding_reward

@@ -32,8 +32,9 @@ from u2a.data import prompt_key
 from u2a.errors import DataError, ModelError, NonFiniteError
 from u2a.packaged import resolve_model
 from u2a.progress import Advance, Quiet
+from u2a.record import content_id, write_whole
 from u2a.reward.base import Prompts, checked, prompt_text
-from u2a.types import Pair, content_id, write_whole
+from u2a.types import Pair
 
 L2_GRID = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PRODUCT_SCALE = 8.0

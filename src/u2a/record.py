@@ -1,0 +1,152 @@
+"""What every record is made of: frozen, typed, identified by content, saved whole or not at all.
+
+Every record is one JSON file. Undefined statistics are ``None`` with a count beside them,
+never a filler number; NaN and infinities are refused on save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from u2a.errors import RecordError
+
+SCHEMA = 1
+
+
+def content_id(*parts: str) -> str:
+    """Return a 16-hex-digit id of a text, the same on every machine.
+
+    Args:
+        *parts: strings; their boundaries count (``("ab", "c")`` differs from ``("a", "bc")``).
+
+    Returns:
+        64 bits of BLAKE2b as hexadecimal digits.
+
+    >>> content_id("a", "b") == content_id("a", "b"), content_id("ab") == content_id("a", "b")
+    (True, False)
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        raw = part.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "big"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """Derive the seed of one generator from the run's one seed.
+
+    Args:
+        seed: the run's seed.
+        purpose: what the generator is for; different purposes get independent seeds.
+
+    Returns:
+        Seed in [0, 2**31).
+    """
+    return int(content_id(str(seed), purpose), 16) % 2**31
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new content, never a mix.
+
+    Args:
+        path: target; its parent is created.
+        text: content, written as UTF-8.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The process's file mode mask (mkstemp ignores it)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Row(BaseModel):
+    """Base of the parts of records: frozen, no unknown fields, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", protected_namespaces=())
+
+
+class Record(Row):
+    """Base of what a stage returns: a row that can be saved to and loaded from one JSON file."""
+
+    def save(self, path: str | Path) -> Path:
+        """Save to ``path`` atomically.
+
+        Args:
+            path: a ``.json`` file.
+
+        Returns:
+            The path written.
+
+        Raises:
+            RecordError: a number in the record is NaN or infinite.
+        """
+        document = {"record": type(self).__name__, "schema": SCHEMA, "data": self.model_dump(mode="json")}
+        bad = _non_finite_key(document["data"], type(self).__name__)
+        if bad:
+            raise RecordError(f"{path}: {bad}: not a finite number (use None for an undefined statistic)")
+        write_whole(Path(path), json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Load a record saved by :meth:`save`.
+
+        Args:
+            path: the ``.json`` file.
+
+        Returns:
+            The record, equal to the one saved.
+
+        Raises:
+            RecordError: missing or damaged file, another record's file, or a newer schema.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecordError(f"{path}: no {cls.__name__} there (run the stage that writes it first)") from None
+        except (OSError, ValueError) as error:
+            raise RecordError(f"{path}: unreadable ({error}); delete it and run its stage again") from None
+        if not isinstance(document, dict) or document.get("record") != cls.__name__:
+            found = document.get("record") if isinstance(document, dict) else type(document).__name__
+            raise RecordError(f"{path}: holds {found!r}, expected {cls.__name__!r}")
+        if document.get("schema", 0) > SCHEMA:
+            raise RecordError(f"{path}: schema {document['schema']} is newer than {SCHEMA} (upgrade u2a)")
+        try:
+            return cls.model_validate(document["data"])
+        except (ValidationError, KeyError) as error:
+            raise RecordError(f"{path}: not a valid {cls.__name__}: {error}") from None
+
+
+def _non_finite_key(value: Any, where: str) -> str | None:
+    """Return the path of the first NaN or infinity inside nested lists and dicts, or None."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else where
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        found = _non_finite_key(item, f"{where}.{key}")
+        if found:
+            return found
+    return None

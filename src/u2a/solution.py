@@ -1,0 +1,168 @@
+"""The records of stage 3: gains with their uncertainty, rounds of selection, and the weighted set they lead to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from u2a.record import Record, Row
+
+
+class SolveStatus(Row):
+    """How a linear solve ended.
+
+    Attributes:
+        status: ``converged``, ``max_steps``, ``negative_curvature`` (damping was raised) or ``closed_form``.
+        steps: matrix-vector products used.
+        residual: relative residual reached, computed from the definition.
+        damping: damping finally used, absolute.
+    """
+
+    status: Literal["converged", "max_steps", "negative_curvature", "closed_form"]
+    steps: int
+    residual: float
+    damping: float
+
+
+class ScoreRow(Row):
+    """Predicted effect of unlearning one candidate.
+
+    Attributes:
+        id: the example's id.
+        gain: data gain, minus the data part of dg/d omega (poster eq. 8); positive = unlearning it raises J.
+        gain_se: standard error over prompt-disjoint PA folds (of the centred gain), or None with one fold.
+        estimate: what selection ranks by (the gain after lower bound or shrinkage).
+        fold_gains: the gain under each PA fold.
+        loss: unlearning loss at the point of scoring, or None.
+        n_answer_tokens: answer tokens scored.
+    """
+
+    id: str
+    gain: float
+    gain_se: float | None = None
+    estimate: float
+    fold_gains: tuple[float, ...] = ()
+    loss: float | None = None
+    n_answer_tokens: int = 0
+
+
+class Reliability(Row):
+    """Whether the gain ranking survives a change of preference pairs (method, section 6b).
+
+    Attributes:
+        split_half: Spearman correlation of the gains under two prompt-disjoint halves of the PA set,
+            None when undefined (fewer than three candidates or all equal).
+        full_set: Spearman-Brown prediction for the whole PA set, or None.
+        gradient_cosine: cosine of the two halves' gradients of J.
+        mean_gain: average gain ("does unlearning as such help?").
+        mean_gain_se: its standard error over folds, or None.
+        signal_sd: estimated standard deviation of the true centred gains (0 = no signal found).
+        noise_sd: root mean square standard error of the centred gains.
+        n_pairs, n_folds, n_candidates: sizes.
+    """
+
+    split_half: float | None = None
+    full_set: float | None = None
+    gradient_cosine: float | None = None
+    mean_gain: float
+    mean_gain_se: float | None = None
+    signal_sd: float
+    noise_sd: float
+    n_pairs: int
+    n_folds: int
+    n_candidates: int
+
+
+class ScoreTable(Record):
+    """Gains of all candidates with their uncertainty, in the order they were given.
+
+    Attributes:
+        rows: one per candidate.
+        objective, loss, adjoint, scorer, estimator: how they were computed, as names with parameters.
+        objective_value: J on the PA set at the point of scoring.
+        objective_se: its standard error over pairs, or None.
+        reliability: split-half reliability and signal.
+        solve: status of the linear solve, one per fold.
+        scorer_error: relative disagreement with exact forward-mode derivatives on a sample, or None.
+    """
+
+    rows: tuple[ScoreRow, ...]
+    objective: str
+    loss: str
+    adjoint: str
+    scorer: str
+    estimator: str
+    objective_value: float
+    objective_se: float | None = None
+    reliability: Reliability
+    solve: tuple[SolveStatus, ...] = ()
+    scorer_error: float | None = None
+
+
+class WeightRow(Row):
+    """One candidate's place in the solution.
+
+    Attributes:
+        id: the example's id.
+        weight: omega_i (0 when not selected; all weights sum to 1).
+        estimate: gain estimate of the last round.
+        reason: why it is in or out, in a few words.
+    """
+
+    id: str
+    weight: float
+    estimate: float | None = None
+    reason: str = ""
+
+
+class Round(Row):
+    """One round of selection.
+
+    Attributes:
+        index: 0-based.
+        objective_pa: J on the PA pairs used for gradients, at the round's inner solution.
+        objective_heldout: J on the held-out PA pairs there, or None without a split.
+        retain_ppl: retain perplexity there, or None.
+        fw_gap: Frank-Wolfe gap max_k <grad g, omega - e_k> over the data term, or None in the first round.
+        n_selected: support after the round.
+        added, dropped: ids.
+        accepted: whether the block was kept.
+        split_half: reliability of the round's gains.
+        seconds: wall time.
+    """
+
+    index: int
+    objective_pa: float
+    objective_heldout: float | None = None
+    retain_ppl: float | None = None
+    fw_gap: float | None = None
+    n_selected: int
+    added: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    accepted: bool = True
+    split_half: float | None = None
+    seconds: float = 0.0
+
+
+class Solution(Record):
+    """The weighted set: which negatives to unlearn and how strongly.
+
+    Attributes:
+        rows: every candidate, selected or not, in the order given.
+        rounds: the course of the selection.
+        scores: the score table of the last scoring that covered all candidates.
+        stopped: why it ended.
+        fallback: ``none``, ``random_k`` (no signal: a random draw of equal size, uniform weights) or
+            ``empty`` (no candidate promises a gain).
+        support: J against the number selected is in ``rounds``.
+    """
+
+    rows: tuple[WeightRow, ...]
+    rounds: tuple[Round, ...] = ()
+    scores: ScoreTable
+    stopped: str
+    fallback: Literal["none", "random_k", "empty"] = "none"
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the selected candidates by id; positive, summing to 1 (empty for an empty selection)."""
+        return {row.id: row.weight for row in self.rows if row.weight > 0}

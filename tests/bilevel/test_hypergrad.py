@@ -1,0 +1,181 @@
+"""Adjoints, and the Hessian of the inner problem against dense Hessians and finite differences of gradients."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import direction, encode, inner_by_hand, small_policy, theta_of
+from tiny import examples, tiny_policy
+
+from u2a.bilevel.hypergrad import Identity, Implicit, InnerHessian, make_adjoint, second_order_attention, unit
+from u2a.bilevel.linsolve import CG
+from u2a.bilevel.vectors import dot, norm, plus
+from u2a.config import SolveSection, UnlearnSection
+from u2a.losses import make_loss
+from u2a.modeling import Policy
+from u2a.reference.dense import dense_gradient, dense_hessian, flatten, matrix_of, unflatten
+
+WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+TERMS = ("none", "nll", "kl", "proximal")
+LOSSES = ("ga", "npo")
+
+
+def hessian(policy: Policy, loss: str, term: str, weight: float = 0.7) -> InnerHessian:
+    rows = encode(policy, examples(3))
+    value = make_loss(loss, 0.1)
+    sums = policy.reference_sums(rows) if value.needs_reference else torch.zeros(3)
+    retain = encode(policy, examples(2, start=40)) if term in ("nll", "kl") else ()
+    return InnerHessian(policy, value, rows, WEIGHTS, sums, retain, term, weight)  # type: ignore[arg-type]
+
+
+@lru_cache
+def shared_policy() -> Policy:
+    return small_policy()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("term", TERMS)
+def test_product_is_the_derivative_of_the_gradient_of_the_inner_problem(loss: str, term: str):
+    policy = shared_policy()
+    operator = hessian(policy, loss, term)
+    retain = encode(policy, examples(2, start=40))
+    function = inner_by_hand(policy, (loss, term), operator.rows, WEIGHTS, retain)
+    v, theta = direction(policy, 3), theta_of(policy)
+    step = 1e-4
+    above, below = (dense_gradient(function, plus(theta, v, sign * step)) for sign in (1.0, -1.0))
+    expected = (above - below) / (2 * step)
+    found = flatten(operator.product(v))
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_product_is_a_dense_hessian_with_its_retain_term():
+    policy = shared_policy()
+    operator = hessian(policy, "npo", "nll")
+    function = inner_by_hand(policy, ("npo", "nll"), operator.rows, WEIGHTS, operator.retain)
+    with second_order_attention():
+        exact = dense_hessian(function, theta_of(policy))
+    found = matrix_of(operator.product, policy.trainable())
+    assert float((found - exact).norm() / exact.norm()) < 1e-6
+    dropped = matrix_of(hessian(policy, "npo", "none").product, policy.trainable())
+    assert float((dropped - exact).norm() / exact.norm()) > 1e-2
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_product_is_affine_in_the_weight_of_the_retain_term(term: str):
+    policy = shared_policy()
+    v = direction(policy, 4)
+    none, once, twice = (flatten(hessian(policy, "ga", term, weight).product(v)) for weight in (0.0, 1.0, 2.0))
+    assert torch.allclose(twice - none, 2.0 * (once - none), atol=1e-6 * float(once.norm()))
+    assert (float((once - none).norm()) > 1e-3) == (term != "none")
+
+
+@settings(max_examples=8)
+@given(seeds=st.tuples(st.integers(0, 999), st.integers(0, 999)), loss=st.sampled_from(LOSSES))
+def test_product_is_symmetric_and_linear(seeds: tuple[int, int], loss: str):
+    policy = shared_policy()
+    operator = hessian(policy, loss, "kl")
+    v, w = direction(policy, seeds[0]), direction(policy, 5000 + seeds[1])
+    hv, hw = operator.product(v), operator.product(w)
+    assert dot(w, hv) == pytest.approx(dot(v, hw), rel=1e-5, abs=1e-7)
+    both = flatten(operator.product(plus(v, w, -2.0)))
+    assert torch.allclose(both, flatten(hv) - 2.0 * flatten(hw), atol=1e-6 * float(both.norm()))
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_product_does_not_depend_on_batching_or_the_order_of_rows(term: str):
+    policy = small_policy()
+    v = direction(policy, 6)
+    together = flatten(hessian(policy, "npo", term).product(v))
+    policy.token_budget = 1
+    alone = flatten(hessian(policy, "npo", term).product(v))
+    operator, order = hessian(policy, "npo", term), [2, 0, 1]
+    rows = tuple(operator.rows[k] for k in order)
+    sums = operator.reference_sums[order]
+    shuffled = InnerHessian(
+        policy, operator.loss, rows, WEIGHTS[order], sums, operator.retain[::-1], operator.term, 0.7
+    )
+    assert torch.allclose(alone, together, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(flatten(shuffled.product(v)), together, rtol=1e-6, atol=1e-7)
+
+
+def test_gradient_ascent_has_negative_curvature_somewhere():
+    matrix = matrix_of(hessian(shared_policy(), "ga", "none").product, shared_policy().trainable())
+    assert float(torch.linalg.eigvalsh(matrix).min()) < -1e-3
+
+
+def test_product_works_with_full_fine_tuning_and_leaves_theta_alone():
+    policy = tiny_policy(adapter=False)
+    before = policy.snapshot()
+    operator = hessian(policy, "npo", "kl")
+    v = {name: torch.randn_like(value) for name, value in policy.trainable().items()}
+    image = operator.product(v)
+    assert norm(image) > 0
+    assert all(torch.equal(before[name], value) for name, value in policy.snapshot().items())
+    assert all(value.grad is None for value in policy.trainable().values())
+
+
+def test_identity_divides_by_gamma_and_needs_no_curvature():
+    gradient = {"a": torch.tensor([2.0, 4.0])}
+    found = Identity(4.0).solve(gradient, None)
+    assert found.value["a"].tolist() == [0.5, 1.0]
+    assert (found.status.status, found.status.damping) == ("closed_form", 4.0)
+    assert not Identity().needs_curvature
+
+
+def test_implicit_on_the_policy_equals_a_dense_solve_of_the_damped_hessian():
+    policy = shared_policy()
+    operator = hessian(policy, "npo", "nll")
+    matrix = matrix_of(operator.product, policy.trainable())
+    matrix = (matrix + matrix.T) / 2
+    rho = 1.0 - float(torch.linalg.eigvalsh(matrix).min())
+    gradient = direction(policy, 9)
+    found = Implicit(CG(max_steps=200, tol=1e-8), rho).solve(gradient, operator)
+    exact = torch.linalg.solve(matrix + rho * torch.eye(len(matrix)).double(), flatten(gradient))
+    assert found.status.status == "converged"
+    assert float((flatten(found.value) - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_implicit_without_curvature_is_refused():
+    with pytest.raises(ValueError, match="needs a curvature"):
+        Implicit().solve({"a": torch.ones(2)}, None)
+
+
+def test_implicit_with_strong_damping_tends_to_identity():
+    policy = shared_policy()
+    operator, gradient = hessian(policy, "npo", "nll"), direction(policy, 10)
+    found = Implicit(CG(50, 1e-10), 1e7).solve(gradient, operator).value
+    assert torch.allclose(1e7 * flatten(found), flatten(Identity().solve(gradient, None).value), atol=1e-4)
+
+
+def test_automatic_damping_is_one_over_rate_times_steps():
+    adjoint = make_adjoint(SolveSection(), UnlearnSection(learning_rate=0.01, max_steps=20))
+    assert isinstance(adjoint, Implicit)
+    assert adjoint.damping == pytest.approx(5.0)
+    given_damping = make_adjoint(SolveSection(damping=0.3, cg_steps=7, cg_tol=1e-4), UnlearnSection())
+    assert given_damping == Implicit(CG(7, 1e-4), 0.3)
+    assert make_adjoint(SolveSection(adjoint="identity"), UnlearnSection()) == Identity()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_second_order_attention_gives_double_backward_on_every_kernel(attention: str):
+    policy = tiny_policy(lora_b_sd=0.1, attention=attention)
+    v = {name: torch.ones_like(value) for name, value in policy.trainable().items()}
+    assert norm(hessian(policy, "ga", "none").product(v)) > 0
+
+
+def test_unit_has_length_one_and_leaves_zero_alone():
+    v, length = unit({"a": torch.tensor([3.0, 4.0])})
+    assert (v["a"].tolist(), length) == (pytest.approx([0.6, 0.8]), 5.0)
+    zero, none = unit({"a": torch.zeros(2)})
+    assert (zero["a"].tolist(), none) == ([0.0, 0.0], 0.0)
+
+
+def test_flatten_matches_the_order_of_trainable_parameters():
+    policy = shared_policy()
+    column = flatten(policy.trainable())
+    assert len(column) == 80
+    assert torch.equal(flatten(unflatten(column, policy.trainable())), column)

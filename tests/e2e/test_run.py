@@ -1,0 +1,148 @@
+"""The whole command line on a two-layer random model, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from u2a.cli import main
+from u2a.record import Record
+from u2a.solution import ScoreTable, Solution
+from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
+
+
+@pytest.fixture
+def finished(tiny_config: Callable[..., Path], tmp_path: Path) -> Path:
+    """Directory of a finished run."""
+    assert main(["run", str(tiny_config()), "--quiet"]) == 0
+    return tmp_path / "run"
+
+
+def test_run_writes_everything_a_user_is_promised(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"run.yaml", "partition.json", "rewards.json", "scores.json", "solution.json", "unlearn_u2a.json"} <= names
+    assert {"unlearn_random_k.json", "evaluation.json", "summary.json", "report.html", "adapter", "metrics.jsonl"} <= names
+    summary = json.loads((finished / "summary.json").read_text())
+    for metric in ("preference_accuracy", "preference_margin", "reward", "retain_ppl"):
+        assert {"before", "after", "random_k"} <= set(summary[metric])
+    for key in ("n_candidates", "n_selected", "weights_sum", "seconds", "peak_rss_bytes", "verdict"):
+        assert key in summary
+    assert summary["weights_sum"] == pytest.approx(1.0)
+    solution = Solution.load(finished / "solution.json")
+    control = UnlearnResult.load(finished / "unlearn_random_k.json")
+    mine = UnlearnResult.load(finished / "unlearn_u2a.json")
+    assert control.n_samples == mine.n_samples == len(solution.weights) == summary["n_selected"], "equal k"
+    assert control.history[-1].step <= 4 and mine.history[-1].step <= 4, "equal steps"
+    page = (finished / "report.html").read_text()
+    assert summary["verdict"].split(":")[0] in page and "src=\"http" not in page
+
+
+def test_adapter_loads_with_plain_peft_and_scores_as_recorded(finished: Path, tiny_files: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_files / "model")
+    model = PeftModel.from_pretrained(base, finished / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished / "adapter")
+    pair = Partition.load(finished / "partition.json").evaluation[0]
+    turns = [{"role": turn.role, "content": turn.content} for turn in pair.prompt]
+    head = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def mean_log_prob(answer: str) -> float:
+        start = tokenizer(head, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = tokenizer(head + answer + tokenizer.eos_token, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            scores = model(ids).logits.log_softmax(-1)
+        token = scores[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        return float(token[start.shape[1] - 1 :].mean())
+
+    table = EvalTable.load(finished / "evaluation.json")
+    recorded = table.arms["after"]["preference_margin"].values[pair.id]
+    assert mean_log_prob(pair.chosen) - mean_log_prob(pair.rejected) == pytest.approx(recorded, abs=1e-4)
+
+
+def test_a_finished_run_is_resumed_without_doing_anything_twice(
+    finished: Path, tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in finished.glob("*.json") if path.name != "summary.json"}
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a finished stage was run again")
+
+    for name in ("solve", "analyse", "evaluate_arm"):
+        monkeypatch.setattr(f"u2a.pipeline.{name}", never)
+    assert main(["run", str(tiny_config()), "--quiet"]) == 0
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_run_killed_between_stages_goes_on_to_the_same_result(
+    finished: Path, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = (finished / "evaluation.json").read_bytes()
+    for name in ("evaluation.json", "unlearn_random_k.json"):
+        (finished / name).unlink()
+    for name in ("random_k.json", "random_k.safetensors"):
+        (finished / "arms" / name).unlink()
+    assert main(["run", str(tiny_config()), "--quiet"]) == 0
+    assert (finished / "evaluation.json").read_bytes() == whole
+
+
+def test_a_changed_option_runs_its_stage_again(finished: Path, tiny_config: Callable[..., Path]) -> None:
+    assert main(["run", str(tiny_config()), "--quiet", "--set", "solve.n_selected=3"]) == 0
+    assert len(Solution.load(finished / "solution.json").weights) <= 3
+
+
+def test_run_yaml_replays_the_run_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    first = Solution.load(finished / "solution.json")
+    other = tmp_path / "again"
+    assert main(["run", str(finished / "run.yaml"), "--set", f"output_dir={other}", "--quiet"]) == 0
+    assert Solution.load(other / "solution.json").weights == first.weights
+
+
+def test_every_stage_alone_gives_what_the_whole_run_gave(
+    finished: Path, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = str(tiny_config())
+    for stage in ("partition", "reward", "solve", "unlearn", "evaluate", "report"):
+        assert main([stage, config, "--quiet", "--set", f"output_dir={tmp_path / 'staged'}"]) == 0, stage
+    for name in ("partition", "rewards"):
+        assert (tmp_path / "staged" / f"{name}.json").read_bytes() == (finished / f"{name}.json").read_bytes(), name
+    whole, staged = (EvalTable.load(folder / "evaluation.json") for folder in (finished, tmp_path / "staged"))
+    for arm, metrics in whole.arms.items():
+        for name, metric in metrics.items():
+            assert staged.arms[arm][name].value == pytest.approx(metric.value, rel=1e-5, abs=1e-6), (arm, name)
+    assert (tmp_path / "staged" / "report.html").exists()
+
+
+@pytest.mark.parametrize("stage", ["solve", "unlearn", "evaluate", "report"])
+def test_a_stage_whose_input_is_missing_says_what_to_run(
+    stage: str, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([stage, str(tiny_config()), "--quiet"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") <= 2 and ("run the stage that writes it first" in message or "no run.yaml" in message)
+
+
+def test_score_without_a_configuration_file(tiny_files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    words = ["score", "--model", str(tiny_files / "model"), "--forget", str(tiny_files / "negatives.jsonl")]
+    words += ["--prefs", str(tiny_files / "pairs.jsonl"), "--out", str(out), "--quiet"]
+    assert main([*words, "--set", "solve.adjoint=identity", "--set", "unlearn.batch_size=4"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 10 and all(math.isfinite(row["gain"]) for row in rows)
+    assert [row["estimate"] for row in rows] == sorted((row["estimate"] for row in rows), reverse=True)
+    assert {row["completion"] for row in rows} == {f"never {t}" for t in (
+        "tea", "rain", "chess", "bread", "maps", "wool", "salt", "bees", "kites", "ferns")}
+
+
+def test_every_record_of_a_run_loads_again(finished: Path) -> None:
+    kinds: dict[str, type[Record]] = {
+        "partition": Partition, "rewards": RewardTable, "scores": ScoreTable, "solution": Solution,
+        "unlearn_u2a": UnlearnResult, "evaluation": EvalTable,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        record = kind.load(finished / f"{name}.json")
+        assert kind.load(record.save(finished / "copy.json")) == record

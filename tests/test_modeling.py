@@ -1,0 +1,255 @@
+"""Log-probabilities against one-by-one unpadded forwards; reference, change and roll-back of the policy.
+
+Tolerance: log-probabilities of float32 models agree to 2e-5 nats per token (kernels sum in another order).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inner_oracle import alone, encode_all, flat
+from peft import LoraConfig, get_peft_model
+from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
+
+from u2a.config import AdapterConfig, ModelSection
+from u2a.encoding import Encoded, collate
+from u2a.errors import ModelError, NonFiniteError
+from u2a.model_loading import load_model, load_tokenizer, pick_device
+from u2a.modeling import Policy, answer_log_probs
+
+TOLERANCE = 2e-5  # nats per token, float32
+ADAPTER = AdapterConfig(r=4, alpha=8.0)
+
+
+def policy_with(system_turn: bool, pad_is_eos: bool, attention: str = "sdpa") -> Policy:
+    return Policy(tiny_model(attention=attention), tiny_tokenizer(system_turn, pad_is_eos), ADAPTER)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pad_is_eos", [True, False], ids=["pad=eos", "own pad"])
+@pytest.mark.parametrize("system_turn", [False, True], ids=["no system turn", "system turn"])
+def test_padded_batches_equal_single_unpadded_forwards(system_turn: bool, pad_is_eos: bool, attention: str) -> None:
+    policy = policy_with(system_turn, pad_is_eos, attention)
+    items = encode_all(policy, examples(5))
+    assert len({len(item.input_ids) for item in items}) > 2  # padding does occur
+    with torch.no_grad():
+        batch = policy.log_probs(items)
+        for row, item in enumerate(items):
+            single = alone(policy.model, item).float()
+            assert torch.allclose(batch.token[row][batch.mask[row]], single, atol=TOLERANCE, rtol=0)
+            assert (batch.token[row][~batch.mask[row]] == 0).all()
+            assert batch.count[row] == item.n_answer == len(single)
+            assert float(batch.sum[row]) == pytest.approx(float(single.sum()), abs=TOLERANCE * item.n_answer)
+            assert float(batch.mean[row]) == pytest.approx(float(single.mean()), abs=TOLERANCE)
+
+
+POLICY = tiny_policy(lora_b_sd=0.1)
+ITEMS = encode_all(POLICY, examples(7))
+SINGLE = [float(alone(POLICY.model, item).sum()) for item in ITEMS]
+
+
+@settings(max_examples=25)
+@given(st.permutations(range(7)), st.integers(1, 600))
+def test_order_and_batch_size_change_nothing(order: list[int], budget: int) -> None:
+    POLICY.token_budget = budget
+    sums = POLICY.answer_sums([ITEMS[index] for index in order])
+    for place, index in enumerate(order):
+        assert float(sums[place]) == pytest.approx(SINGLE[index], abs=TOLERANCE * ITEMS[index].n_answer)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 258))
+def test_the_value_of_the_padding_token_changes_nothing(pad: int) -> None:
+    with torch.no_grad():
+        one, other = (answer_log_probs(POLICY.model, collate(ITEMS, value)).token for value in (pad, 257))
+    assert torch.equal(one, other)
+
+
+def test_the_end_token_is_scored() -> None:
+    """Making the end token likelier raises the answer's log-probability by exactly its own change."""
+    policy = tiny_policy()
+    (item,) = encode_all(policy, examples(1))
+    cut = Encoded(item.input_ids[:-1], item.n_answer - 1)
+    with torch.no_grad():
+        whole, without = policy.log_probs([item]), policy.log_probs([cut])
+    assert item.answer_ids[-1] == 257
+    assert float(whole.sum - without.sum) == pytest.approx(float(alone(policy.model, item)[-1]), abs=TOLERANCE)
+
+
+def test_log_probabilities_are_float32_for_bfloat16_and_float64_for_float64() -> None:
+    item = ITEMS[:2]
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        policy = tiny_policy()
+        policy.model.to(dtype)
+        assert policy.log_probs(item).token.dtype == expected
+
+
+def test_functional_parameters_replace_the_models_own() -> None:
+    policy, other = tiny_policy(), tiny_policy(lora_b_sd=0.2)
+    with torch.no_grad():
+        ours = answer_log_probs(policy.model, policy.collate(ITEMS), other.trainable()).token
+        theirs = other.log_probs(ITEMS).token
+    assert torch.allclose(ours, theirs, atol=TOLERANCE)
+
+
+# --- reference --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
+def test_the_reference_is_the_start_and_the_change_survives_it(adapter: bool) -> None:
+    policy = tiny_policy(adapter=adapter)
+    before = policy.answer_sums(ITEMS)
+    with torch.no_grad():
+        for value in policy.trainable().values():
+            value.add_(0.02 * torch.randn_like(value))
+    changed, sums = flat(policy.snapshot()), policy.answer_sums(ITEMS)
+    with policy.reference():
+        assert torch.allclose(policy.answer_sums(ITEMS), before, atol=1e-4)
+    assert torch.equal(flat(policy.snapshot()), changed)
+    assert torch.equal(policy.answer_sums(ITEMS), sums)
+    assert (sums - before).abs().min() > 1e-3
+    assert torch.allclose(policy.reference_sums(ITEMS), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
+def test_the_reference_is_left_even_when_its_use_fails(adapter: bool) -> None:
+    policy = tiny_policy(adapter=adapter)
+    with torch.no_grad():
+        for value in policy.trainable().values():
+            value.add_(0.02)
+    changed, sums = flat(policy.snapshot()), policy.answer_sums(ITEMS)
+    with pytest.raises(KeyError), policy.reference():
+        raise KeyError
+    assert torch.equal(flat(policy.snapshot()), changed)
+    assert torch.equal(policy.answer_sums(ITEMS), sums)
+    assert all(value.requires_grad for value in policy.trainable().values())
+
+
+def test_reference_sums_are_computed_once_per_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy()
+    seen: list[int] = []
+    inner = policy.answer_sums
+    monkeypatch.setattr(policy, "answer_sums", lambda items: seen.append(len(items)) or inner(items))
+    first = policy.reference_sums([ITEMS[0], ITEMS[1], ITEMS[0]])
+    second = policy.reference_sums([ITEMS[1], ITEMS[2]])
+    assert seen == [2, 1]
+    assert first[0] == first[2]
+    assert first[1] == second[0]
+
+
+def test_a_non_finite_reference_is_refused_and_not_remembered() -> None:
+    policy = tiny_policy()
+    weight = policy.model.get_base_model().lm_head.weight
+    kept = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="reference log-probability"):
+        policy.reference_sums(ITEMS[:1])
+    weight.data.copy_(kept)
+    assert torch.isfinite(policy.reference_sums(ITEMS[:1])).all()
+
+
+# --- change -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
+def test_scaling_the_change_scales_the_effective_weights(adapter: bool, scale: float) -> None:
+    policy = tiny_policy(adapter=adapter, lora_b_sd=0.2)
+    if not adapter:
+        with torch.no_grad():
+            for value in policy.trainable().values():
+                value.add_(0.05 * torch.randn_like(value))
+    whole, now = float(policy.change_sq().detach()), flat(policy.snapshot())
+    with policy.change_scaled(scale):
+        assert float(policy.change_sq().detach()) == pytest.approx(scale**2 * whole, rel=1e-4, abs=1e-9)
+    assert torch.equal(flat(policy.snapshot()), now)
+    policy.scale_change(scale)
+    assert float(policy.change_sq().detach()) == pytest.approx(scale**2 * whole, rel=1e-4, abs=1e-9)
+
+
+def test_reset_returns_to_the_start_bit_for_bit() -> None:
+    policy = tiny_policy()
+    start, sums = flat(policy.theta0), policy.answer_sums(ITEMS)
+    policy.restore(tiny_policy(lora_b_sd=0.2).snapshot())
+    policy.reset()
+    assert torch.equal(flat(policy.snapshot()), start)
+    assert torch.equal(policy.answer_sums(ITEMS), sums)
+
+
+def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone() -> None:
+    plain = tiny_model()
+    with torch.no_grad():
+        expected = answer_log_probs(plain, collate(ITEMS, 257)).token
+    policy = tiny_policy()
+    with torch.no_grad():
+        assert torch.equal(policy.log_probs(ITEMS).token, expected)
+    torch.manual_seed(999)
+    state = torch.get_rng_state()
+    again = tiny_policy()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(flat(again.snapshot()), flat(policy.snapshot()))
+
+
+def test_perplexity_is_per_answer_token() -> None:
+    total = sum(SINGLE)
+    tokens = sum(item.n_answer for item in ITEMS)
+    assert POLICY.perplexity(ITEMS) == pytest.approx(float(torch.tensor(-total / tokens).exp()), rel=1e-5)
+
+
+def test_adapter_layers_can_be_chosen() -> None:
+    policy = Policy(tiny_model(), tiny_tokenizer(), AdapterConfig(r=2, layers=[1]))
+    assert policy.trainable()
+    assert all(".layers.1." in name for name in policy.trainable())
+
+
+def test_training_mode_is_the_same_function() -> None:
+    """Neither a configured adapter dropout nor the model's attention dropout makes passes differ."""
+    model = tiny_model(attention="eager")
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    policy = Policy(model, tiny_tokenizer(), lora)
+    with torch.no_grad():
+        calm = policy.log_probs(ITEMS).token
+        policy.model.train()
+        assert torch.equal(policy.log_probs(ITEMS).token, calm)
+
+
+def test_models_that_cannot_be_used_are_refused() -> None:
+    carrying = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="carries an adapter already"):
+        Policy(carrying, tiny_tokenizer(), ADAPTER)
+    with pytest.raises((ModelError, ValueError), match="(?i)target modules|trainable"):
+        Policy(tiny_model(), tiny_tokenizer(), AdapterConfig(target_modules=["no_such_layer"]))
+
+
+# --- loading ----------------------------------------------------------------------------------------
+
+
+def test_loading_from_a_directory_gives_the_same_model(tmp_path) -> None:
+    section = ModelSection(name_or_path=str(save_tiny(tmp_path)), device="cpu")
+    policy = Policy(load_model(section), load_tokenizer(section), ADAPTER)
+    assert torch.equal(policy.answer_sums(ITEMS), tiny_policy().answer_sums(ITEMS))
+    assert policy.encoder.encode(ask("Tea?"), "No").answer_ids[-1] == 257
+
+
+def test_missing_models_and_devices_are_clear_errors(tmp_path) -> None:
+    section = ModelSection(name_or_path=str(tmp_path / "nothing"), device="cpu")
+    with pytest.raises(ModelError, match="model.name_or_path: no tokenizer at"):
+        load_tokenizer(section)
+    with pytest.raises(ModelError, match="model.name_or_path: cannot load"):
+        load_model(section)
+    with pytest.raises(ModelError, match="model.device: 'cuda:77' is not available"):
+        pick_device("cuda:77")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_pickled_weights_are_never_read(tmp_path) -> None:
+    folder = save_tiny(tmp_path)
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot load"):
+        load_model(ModelSection(name_or_path=str(folder), device="cpu"))
