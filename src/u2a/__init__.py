@@ -5,7 +5,9 @@ Names are loaded when they are first used, so that ``import u2a`` and ``u2a --he
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -21,28 +23,21 @@ if TYPE_CHECKING:
     from u2a.trainer import UnlearnConfig, UnlearnTrainer
     from u2a.unlearn import InnerProblem, InnerSolver, unlearn
 
-_HOME = {
-    "InnerProblem": "u2a.unlearn",
-    "InnerSolver": "u2a.unlearn",
-    "OuterProblem": "u2a.bilevel.gains",
-    "Policy": "u2a.modeling",
-    "Result": "u2a.run",
-    "RunConfig": "u2a.config",
-    "UnlearnConfig": "u2a.trainer",
-    "UnlearnTrainer": "u2a.trainer",
-    "align": "u2a.run",
-    "load_config": "u2a.config_file",
-    "partition": "u2a.partition",
-    "run": "u2a.run",
-    "score": "u2a.bilevel.solve",
-    "solve": "u2a.bilevel.solve",
-    "unlearn": "u2a.unlearn",
-}
+__all__ = ["InnerProblem", "InnerSolver", "OuterProblem", "Policy", "Result", "RunConfig", "UnlearnConfig",
+           "UnlearnTrainer", "align", "load_config", "partition", "run", "score", "solve", "unlearn"]  # fmt: skip
 
-__all__ = [
-    "InnerProblem", "InnerSolver", "OuterProblem", "Policy", "Result", "RunConfig", "UnlearnConfig", "UnlearnTrainer",
-    "align", "load_config", "partition", "run", "score", "solve", "unlearn",
-]  # fmt: skip
+_NAMES = {
+    "u2a.bilevel.gains": ["OuterProblem"],
+    "u2a.bilevel.solve": ["score", "solve"],
+    "u2a.config": ["RunConfig"],
+    "u2a.config_file": ["load_config"],
+    "u2a.modeling": ["Policy"],
+    "u2a.partition": ["partition"],
+    "u2a.run": ["Result", "align", "run"],
+    "u2a.trainer": ["UnlearnConfig", "UnlearnTrainer"],
+    "u2a.unlearn": ["InnerProblem", "InnerSolver", "unlearn"],
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -53,3 +48,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:  # importing u2a.run must not hide the function of that name
+        same = isinstance(value, ModuleType) and value.__name__ == _HOME.get(name)
+        super().__setattr__(name, getattr(value, name) if same else value)
+
+
+sys.modules[__name__].__class__ = _Package

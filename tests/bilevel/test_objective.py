@@ -98,22 +98,20 @@ def test_dpo_starts_at_log_half_and_its_reference_does_not_move_with_theta():
     start = small_policy(reached=False)
     objective = DPO(0.5)
     values = objective_values(objective, start, objective.prepare(start, pairs(3)))
-    assert values.tolist() == pytest.approx([math.log(0.5)] * 3, abs=1e-6)
+    assert values.tolist() == pytest.approx([math.log(0.5)] * 3, abs=1e-5)
     moved = small_policy()
     assert objective.prepare(moved, pairs(3))[0].numbers == pytest.approx(
         objective.prepare(start, pairs(3))[0].numbers
     )
 
 
-def test_margin_does_not_grow_with_answer_length_as_sums_do():
+def test_margin_changes_its_sign_when_the_answers_are_swapped():
     policy, rows = small_policy(), pairs(6)
-    items = Margin().prepare(policy, rows)
-    longest = max(answer.n_answer for item in items for answer in item.answers)
-    assert float(objective_values(Margin(), policy, items).abs().max()) < 2 * math.log(259) + 30
-    assert longest > 10
-    swapped = [Pair.model_validate({**p.model_dump(), "chosen": p.rejected, "rejected": p.chosen}) for p in rows]
+    values = objective_values(Margin(), policy, Margin().prepare(policy, rows))
+    swapped = [row.model_copy(update={"chosen": row.rejected, "rejected": row.chosen}) for row in rows]
     other = objective_values(Margin(), policy, Margin().prepare(policy, swapped))
-    assert torch.allclose(other, -objective_values(Margin(), policy, items), atol=1e-10)
+    assert float(values.abs().min()) > 1e-3
+    assert torch.allclose(other, -values, atol=1e-10)
 
 
 def test_gradient_leaves_grad_fields_and_theta_alone():

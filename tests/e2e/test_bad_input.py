@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was loaded before the input was checked")
 
     monkeypatch.setattr("u2a.pipeline.load_model", never)
-    monkeypatch.setattr("u2a.run.load_model", never)
+    monkeypatch.setattr(import_module("u2a.run"), "load_model", never)  # u2a.run is the function of that name
 
 
 def run(config: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:

@@ -1,0 +1,72 @@
+"""The configuration files that come with the project: valid, free of machine paths, and what their names say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from u2a.cli import main
+from u2a.config_file import load_config
+
+FOLDER = Path(__file__).parents[1] / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+MODELS = {
+    "llama2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
+    "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2.5-14b-instruct": "Qwen/Qwen2.5-14B-Instruct",
+}
+DATA = ("saferlhf", "ultrafeedback", "halueval")
+
+
+def test_every_model_of_the_paper_meets_every_data_set() -> None:
+    wanted = {f"{model}-{data}" for model in MODELS for data in DATA} | {"saferlhf-smollm2"}
+    assert {path.stem for path in FILES} == wanted
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_config_is_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", str(path)]) == 0
+    assert capsys.readouterr().out == "the configuration is valid\n"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_config_names_no_place_on_a_machine(path: Path) -> None:
+    def leaves(tree: object) -> list[object]:
+        parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
+        return [tree] if parts is None else [leaf for part in parts for leaf in leaves(part)]
+
+    values = [value for value in leaves(yaml.safe_load(path.read_text())) if isinstance(value, str)]
+    assert [value for value in values if value.startswith(("/", "~", "\\")) or ".." in value] == []
+    assert not re.search(r"(?<![\w.$])(/home|/work|/tmp|/mnt|C:)", path.read_text()), "comments are read, too"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_config_writes_into_a_directory_of_its_own_name(path: Path) -> None:
+    assert load_config(path).output_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_run_starts_misaligned_and_has_the_random_control(path: Path) -> None:
+    config = load_config(path)
+    assert config.finetune.enabled and config.finetune.include_forget and config.finetune.unsafe_frac == 0.7
+    assert "random_k" in config.evaluation.controls
+
+
+@pytest.mark.parametrize("stem", [f"{model}-{data}" for model in MODELS for data in DATA])
+def test_a_paper_config_uses_the_model_of_its_name_and_two_different_reward_models(stem: str) -> None:
+    config = load_config(FOLDER / f"{stem}.yaml")
+    assert config.model.name_or_path == MODELS[stem.rsplit("-", 1)[0]]
+    assert (config.model.dtype, config.solve.adjoint, config.solve.scorer) == ("bfloat16", "implicit", "jvp")
+    assert config.reward.model == config.reward.eval_model == "sequence_classification"
+    assert config.reward.name_or_path != config.reward.eval_name_or_path, "the judge must not be the selector"
+
+
+@pytest.mark.parametrize("loss", ["ga", "grad_diff", "npo"])
+def test_the_small_config_runs_all_three_losses_and_leaves_the_files_to_the_user(loss: str) -> None:
+    term = "proximal" if loss == "ga" else "nll"
+    overrides = [f"unlearn.loss={loss}", f"unlearn.retain_term={term}"]
+    config = load_config(FOLDER / "saferlhf-smollm2.yaml", overrides)
+    assert config.unlearn.loss == loss
+    assert config.data.pairs is None and config.data.retain is None
