@@ -6,10 +6,10 @@ import math
 import sys
 
 import pytest
-from fake_records import fake_evaluation, fake_partition, fake_reliability, fake_scores, fake_solution
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_records import fake_evaluation, fake_partition, fake_reliability, fake_scores, fake_solution
 from u2a.console import (
     WIDTH,
     better_direction,
@@ -53,8 +53,6 @@ preference_margin  after - before     +0.093  [0.051, 0.134]     24  better
 preference_margin  after - random_k  +0.0420  [-0.0060, 0.0900]  24  not shown
 retain_ppl         after - before     +0.930  [0.400, 1.500]      8  worse
 degenerate_rate    after - before          -                      0  -
-
-Verdict: Selection beat random-k: not shown (margin +0.042 [-0.006, 0.090], 24 prompts).
 """
 
 RELIABILITY = """\

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import END, START, ask, examples, tiny_tokenizer
 
+from tiny import END, START, ask, examples, tiny_tokenizer
 from u2a.encoding import Encoded, Encoder, collate, token_batches
 from u2a.errors import DataError, ModelError
 from u2a.types import Message

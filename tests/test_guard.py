@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from inner_oracle import alone, encode_all, flat, quiet
 from tiny import examples, tiny_policy
-
 from u2a.config import GuardSection, UnlearnSection
 from u2a.guard import CollapseGuard, all_finite, largest_scale
 from u2a.trainer import UnlearnTrainer

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from inner_oracle import alone, dense_losses, encode_all, flat, gradient, relative
 from tiny import examples, tiny_policy
-
 from u2a.errors import ConfigError
-from u2a.losses import GA, NPO, SFT, GradDiff, check_retain, gradient_ascent, kl_from_reference, make_loss, npo
+from u2a.losses import GA, NPO, SFT, GradDiff, check_retain, kl_from_reference, make_loss, npo
 from u2a.modeling import AnswerLogProbs
 
 SUMS = st.floats(-40, 10)
@@ -148,7 +148,10 @@ def test_kl_against_the_definition_and_its_closed_form_gradient() -> None:
     kl = kl_from_reference(new, old, mask)
     p, q = old.softmax(-1), new.softmax(-1)
     per_token = torch.tensor(
-        [[sum(float(p[b, t, v] * torch.log(p[b, t, v] / q[b, t, v])) for v in range(5)) for t in range(3)] for b in (0, 1)]
+        [
+            [sum(float(p[b, t, v] * torch.log(p[b, t, v] / q[b, t, v])) for v in range(5)) for t in range(3)]
+            for b in (0, 1)
+        ]
     )
     expected = [float(per_token[0].mean()), float(per_token[1, 2])]
     assert kl.tolist() == pytest.approx(expected, abs=1e-6)

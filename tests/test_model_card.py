@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from fake_records import ANSWERS, PROMPTS, empty_records, fake_records
 
+from fake_records import ANSWERS, PROMPTS, empty_records, fake_records
 from u2a.config import RunConfig
 from u2a.model_card import model_card
 

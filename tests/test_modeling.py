@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inner_oracle import alone, encode_all, flat
 from peft import LoraConfig, get_peft_model
-from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
 
+from inner_oracle import alone, encode_all, flat
+from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
 from u2a.config import AdapterConfig, ModelSection
 from u2a.encoding import Encoded, collate
 from u2a.errors import ModelError, NonFiniteError

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_records import empty_records, fake_partition, fake_records
 
+from fake_records import empty_records, fake_partition, fake_records
 from u2a import report
 from u2a.console import interval, metric_scale, number
 from u2a.errors import RecordError

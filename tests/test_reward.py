@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ask, examples, pairs, tiny_policy, tiny_tokenizer
 from transformers import (
     BertConfig,
     BertModel,
@@ -19,6 +18,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
+from tiny import ask, examples, pairs, tiny_policy, tiny_tokenizer
 from u2a.config import RewardSection
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError

@@ -56,7 +56,9 @@ def test_sampler_positions_continue_over_epochs() -> None:
     assert len(sampler) == 6
 
 
-def batches(n: int, batch_size: int, epochs: int, processes: int = 1, process: int = 0) -> list[dict[str, torch.Tensor]]:
+def batches(
+    n: int, batch_size: int, epochs: int, processes: int = 1, process: int = 0
+) -> list[dict[str, torch.Tensor]]:
     """Batches as a process of a distributed run loads them."""
     per_step = batch_size * processes
     length = -(-n // per_step) * per_step

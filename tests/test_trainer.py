@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from inner_oracle import GradientTape, dense_losses, encode_all, flat, gradient, quiet, relative
 from peft import LoraConfig, PeftModel
-from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from inner_oracle import GradientTape, dense_losses, encode_all, flat, gradient, quiet, relative
+from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
 from u2a.encoding import Encoded, collate
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
 from u2a.losses import kl_from_reference
@@ -435,7 +435,9 @@ def test_plain_model_objects_get_an_adapter_by_default_and_save_as_plain_peft(tm
 def test_a_path_loads_model_and_tokenizer(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base")
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = UnlearnTrainer(str(folder), args=quiet(tmp_path, max_steps=1), train_dataset=[*examples(2)], peft_config=lora)
+    trainer = UnlearnTrainer(
+        str(folder), args=quiet(tmp_path, max_steps=1), train_dataset=[*examples(2)], peft_config=lora
+    )
     assert all("q_proj" in name for name in trainer.policy.trainable())
     assert trainer.train().global_step == 1
 

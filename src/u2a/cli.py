@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from u2a import __version__
 from u2a.errors import ConfigError, U2AError
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         The parser.
     """
     parser = argparse.ArgumentParser(prog="u2a", description="Align a language model by unlearning its bad answers.")
+    parser.add_argument("--version", action="version", version=f"u2a {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in {"run": "all stages, from data to an aligned model and a report", **STAGES}.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -94,11 +97,23 @@ def _loaded(options: argparse.Namespace) -> RunConfig:
 
 
 def _run(options: argparse.Namespace) -> None:
-    config = _loaded(options)
+    _run_all(_loaded(options), options.quiet)
+
+
+def _run_all(config: RunConfig, quiet: bool) -> None:
     from u2a.progress import Console
     from u2a.run import run
 
-    run(config, Console(quiet=options.quiet))
+    _hush_libraries()
+    run(config, Console(quiet=quiet))
+
+
+def _hush_libraries() -> None:
+    """Keep the loading bars and internal deprecation notes of transformers off the user's terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -106,10 +121,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     path = Path(str(package_files("u2a") / "assets" / "demo" / "config.yaml"))
     config = load_config(path, options.overrides, options.preset)
-    from u2a.progress import Console
-    from u2a.run import run
-
-    run(config, Console(quiet=options.quiet))
+    _run_all(config, options.quiet)
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -140,6 +152,7 @@ def _stage(options: argparse.Namespace) -> None:
     config = _loaded(options)
     from u2a.run import run_stage
 
+    _hush_libraries()
     run_stage(config, options.command, options.quiet)
 
 
@@ -168,6 +181,7 @@ def _score(options: argparse.Namespace) -> None:
     from u2a.progress import Console
     from u2a.run import score_files
 
+    _hush_libraries()
     given = {"forget": options.forget, "preferences": options.prefs, "retain": options.retain}
     files = {name: path for name, path in given.items() if path}
     score_files(options.model, files, Path(options.out), config, Console(quiet=options.quiet))

@@ -53,6 +53,7 @@ class ModelSection(Section):
     device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention kernel")
     load_in_4bit: bool = option(False, "quantise the frozen base with bitsandbytes (needs an adapter and CUDA)")
+    save_merged: bool = option(False, "also write the model with the adapter merged in, under merged/")
     trust_remote_code: bool = option(False, "run code shipped with the model (recorded in the report)")
     adapter: AdapterConfig = option(AdapterConfig(), "the LoRA adapter")
 
@@ -247,6 +248,11 @@ class RunConfig(Section):
         if self.model.load_in_4bit and not self.model.adapter.enabled:
             problems.append(
                 "model.load_in_4bit conflicts with model.adapter.enabled: false (a quantised base cannot be trained)"
+            )
+        if self.model.dtype in ("float16", "bfloat16") and not self.model.adapter.enabled:
+            problems.append(
+                f"model.dtype: {self.model.dtype} conflicts with model.adapter.enabled: false (small updates round "
+                "away in 16-bit weights; set float32)"
             )
         if self.unlearn.retain_term == "kl" and not self.model.adapter.enabled:
             problems.append(

@@ -41,7 +41,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), preset: 
     tree.pop("provenance", None)
     for text in overrides:
         tree = _merged(tree, _override(text))
-    problems = unknown_keys(tree, RunConfig)
+    problems = unknown_keys(tree, RunConfig) + _wrong_switches(tree)
     try:
         config = RunConfig.model_validate(_without_unknown(tree, RunConfig))
     except ValidationError as error:
@@ -134,6 +134,19 @@ def unknown_keys(tree: dict[str, Any], model: type[BaseModel], prefix: str = "")
                 problems += unknown_keys(value, section, f"{prefix}{key}.")
             continue
         problems.append(f"{prefix}{key}: unknown option{_nearest(f'{prefix}{key}')}")
+    return problems
+
+
+def _wrong_switches(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Describe switches that are not true or false, and other options that are (pydantic would convert both)."""
+    options, problems = all_options(), []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            problems += _wrong_switches(value, f"{name}.")
+        elif name in options and isinstance(value, bool) != isinstance(options[name].default, bool):
+            expected = "something else than" if isinstance(value, bool) else "one of"
+            problems.append(f"{name}: expected {expected} true or false, got {value!r}")
     return problems
 
 

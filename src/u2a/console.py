@@ -175,7 +175,7 @@ def _ranking_sentence(found: Reliability) -> str:
 
 
 def evaluation_table(table: EvalTable) -> str:
-    """Write all metrics of all arms, the paired differences and the verdict.
+    """Write all metrics of all arms and the paired differences.
 
     Args:
         table: the evaluation.
@@ -196,8 +196,6 @@ def evaluation_table(table: EvalTable) -> str:
     if differences:
         heads = ["difference of", "arms", "value", "95 % interval", "n", "reading"]
         text += "\n" + _grid(heads, differences, (20, 22, 11, 22, 6, 9), right=(2, 4))
-    if table.verdict:
-        text += "\n" + _wrapped(f"Verdict: {table.verdict}")
     return text
 
 

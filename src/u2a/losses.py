@@ -69,13 +69,7 @@ def kl_from_reference(logits: Tensor, reference_logits: Tensor, mask: Tensor) ->
 
 
 class UnlearningLoss(Protocol):
-    """A per-sample loss as a value.
-
-    Attributes:
-        name: short name with parameters, for records.
-        needs_reference: whether ``reference_sum`` must be given.
-        needs_retain: whether a retain term on retain rows is part of the method.
-    """
+    """A per-sample loss as a value."""
 
     @property
     def name(self) -> str:

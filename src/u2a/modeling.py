@@ -101,7 +101,7 @@ class Policy:
         seed: seed of the adapter's initial weights.
 
     Raises:
-        ModelError: the model carries an adapter already, or nothing is trainable.
+        ModelError: the model carries an adapter already, nothing is trainable, or what is has 16 bits.
     """
 
     def __init__(
@@ -135,6 +135,8 @@ class Policy:
         self._names = tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
         if not self._names:
             raise ModelError(f"no trainable parameter (does {adapter} match any module of the model?)")
+        if any(value.dtype in (torch.float16, torch.bfloat16) for value in self.trainable().values()):
+            raise ModelError("the trainable weights are 16-bit, small updates round away (load the model as float32)")
         self._theta0 = self.snapshot()
         self._reference_sums: dict[str, float] = {}
 

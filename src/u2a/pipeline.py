@@ -65,6 +65,7 @@ class Pipeline:
         self._sources, self._model, self._tokenizer = sources, model, tokenizer
         self._only = only
         self._memory: dict[str, Record] = {}
+        self.n_truncated = 0
 
     # --- what stages share -----------------------------------------------------------------------
 
@@ -72,8 +73,10 @@ class Pipeline:
     def partition(self) -> Partition:
         """Stage 1, checked: rows, sizes, leaks, and that every prompt fits (before any model is loaded)."""
         result = partition(self.config, self._sources)
+        self.n_truncated = count_truncated(result, self.tokenizer, self.config.data.max_length)
         self.console.say("Partition")
-        for line in [*describe(result), check_lengths(result, self.tokenizer, self.config.data.max_length)]:
+        cut = f"truncated  {self.n_truncated:>7} answers at data.max_length {self.config.data.max_length} tokens"
+        for line in [*describe(result), cut]:
             self.console.say(f"  {line}")
         result.save(self.dir / "partition.json")
         return result
@@ -403,8 +406,8 @@ class Pipeline:
             file.write(json.dumps({"event": event, **data}, allow_nan=False) + "\n")
 
 
-def check_lengths(sets: Partition, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """Tokenise every row before a model is loaded: all prompts that leave no room are one error, cut answers are counted.
+def count_truncated(sets: Partition, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """Tokenise every row before a model is loaded; all prompts that leave no room for an answer are one error.
 
     Args:
         sets: the partition.
@@ -412,7 +415,7 @@ def check_lengths(sets: Partition, tokenizer: PreTrainedTokenizerBase, max_lengt
         max_length: tokens of prompt and answer.
 
     Returns:
-        One line on truncation.
+        Answers that are cut off at ``max_length``.
 
     Raises:
         DataError: prompts that leave no room for an answer.
@@ -430,7 +433,7 @@ def check_lengths(sets: Partition, tokenizer: PreTrainedTokenizerBase, max_lengt
             problems += error.problems
     if problems:
         raise DataError(list(dict.fromkeys(problems)))
-    return f"truncated  {n_cut:>7} of {len(rows)} answers at data.max_length {max_length} tokens"
+    return n_cut
 
 
 def arms_of(config: RunConfig) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import platform
@@ -26,7 +27,7 @@ from u2a.model_card import model_card
 from u2a.model_loading import load_model, load_tokenizer
 from u2a.modeling import Policy
 from u2a.partition import build_partition, read_inputs
-from u2a.pipeline import Pipeline, arms_of, check_lengths
+from u2a.pipeline import Pipeline, arms_of, count_truncated
 from u2a.progress import Console, peak_rss_bytes
 from u2a.record import derive_seed, write_whole
 from u2a.report import write_report
@@ -183,19 +184,20 @@ def finish(pipeline: Pipeline) -> Result:
     pipeline.rewards()
     solution = pipeline.solution()
     console.say(reliability_text(solution.scores.reliability))
-    for arm in arms_of(config)[1:]:
+    for arm in arms_of(config):  # the solution first: its inner run is often the last one of the selection
         pipeline.unlearn_arm(arm)
-    pipeline.unlearn_arm("u2a")
     table = pipeline.evaluation()
     write_summary(pipeline, table)
     records = RunRecords.load(folder)
     save_model(pipeline.policy, records, folder / "adapter" if pipeline.policy.has_adapter else folder / "model")
+    if config.model.save_merged and pipeline.policy.has_adapter:
+        save_merged(pipeline.policy, folder / "merged")
     path = write_report(records, folder / "report.html")
     for text in (
         selection_text(solution),
         evaluation_table(table),
         samples_text(table, config.evaluation.samples_shown),
-        table.verdict,
+        f"Verdict: {table.verdict}",
         f"Report: {path}",
     ):
         console.say(text)
@@ -221,6 +223,7 @@ def write_summary(pipeline: Pipeline, table: EvalTable) -> Path:
     summary |= {
         "n_candidates": len(pipeline.partition.forget),
         "n_selected": len(weights),
+        "n_truncated": pipeline.n_truncated,
         "weights_sum": sum(weights.values()),
         "fallback": solution.fallback,
         "split_half_reliability": solution.scores.reliability.split_half,
@@ -255,6 +258,22 @@ def save_model(policy: Policy, records: RunRecords, folder: Path) -> Path:
     config = records.config
     base = str(Path(config.output_dir) / "base") if config.finetune.enabled else config.model.name_or_path
     write_whole(folder / "README.md", model_card(records, base))
+    return folder
+
+
+def save_merged(policy: Policy, folder: Path) -> Path:
+    """Save a plain transformers model with the adapter merged into its weights; the policy is not changed.
+
+    Args:
+        policy: the policy; its model is copied in memory for the merge.
+        folder: directory to write.
+
+    Returns:
+        The directory.
+    """
+    merged = copy.deepcopy(policy.model).merge_and_unload()  # type: ignore[operator]
+    merged.save_pretrained(str(folder))
+    policy.tokenizer.save_pretrained(str(folder))
     return folder
 
 
@@ -335,8 +354,9 @@ def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
     elif stage == "solve":
         console.say(selection_text(pipeline.solution()))
     elif stage == "unlearn":
-        for arm in [*arms_of(config)[1:], "u2a"]:
+        for arm in arms_of(config):
             pipeline.unlearn_arm(arm)
+        pipeline.unlearn_arm("u2a")  # read back: it is what is saved
         records = RunRecords.load(pipeline.dir)
         folder = pipeline.dir / ("adapter" if pipeline.policy.has_adapter else "model")
         console.say(f"saved: {save_model(pipeline.policy, records, folder)}")
@@ -344,7 +364,7 @@ def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
         table = pipeline.evaluation()
         write_summary(pipeline, table)
         console.say(evaluation_table(table))
-        console.say(table.verdict)
+        console.say(f"Verdict: {table.verdict}")
 
 
 def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConfig, console: Console) -> Path:
@@ -374,7 +394,8 @@ def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConf
     seed = derive_seed(config.seed, "unlearn")
     inner = InnerProblem(sets.forget, sets.retain, (), unlearn, config.guard, seed)
     outer = OuterProblem(sets.preference, config.solve, None, derive_seed(config.seed, "solve"))
-    check_lengths(sets, tokenizer, config.data.max_length)
+    n_cut = count_truncated(sets, tokenizer, config.data.max_length)
+    console.say(f"{len(sets.forget)} negatives, {len(sets.preference)} pairs; {n_cut} answers cut off at data.max_length")
     policy = Policy(
         load_model(section), tokenizer, section.adapter, config.data.max_length, config.token_budget, config.seed
     )

@@ -151,13 +151,12 @@ class UnlearnTrainer(Trainer):
         epoch_length = math.ceil(len(self._examples) / per_step) * per_step
         seed = derive_seed(args.seed, "sample stream")
         held_out = as_examples(eval_dataset, args.loss == "sft")
-        evaluation = None if eval_dataset is None else _Fixed(self._samples(held_out, len(self._examples)))
         self._ids = [row.id for row in (*self._examples, *held_out)]
         super().__init__(
             model=self.policy.model,  # type: ignore[arg-type]  # a PEFT model is what the base class expects, too
             args=args,
             train_dataset=SampleStream(self._samples(self._examples), epoch_length, seed) if self._examples else None,
-            eval_dataset=evaluation,
+            eval_dataset=None if eval_dataset is None else _Fixed(self._samples(held_out, len(self._examples))),
             data_collator=BatchMaker(
                 self.policy.encoder.pad_id,
                 args.train_batch_size,
@@ -341,20 +340,18 @@ class StepReporter(TrainerCallback):
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report one step."""
         self._advance.advance(1)
-        return control
 
 
 class _FiniteGradients(TrainerCallback):
     """Refuses an update with a NaN or infinite gradient."""
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         if not all_finite(gradients):
             raise NonFiniteError("gradient", "unlearn", state.global_step)
-        return control
 
 
 def as_examples(rows: Rows | None, good: bool) -> tuple[Example, ...]:
@@ -391,7 +388,8 @@ def _policy(
     if isinstance(model, Policy):
         return model
     if isinstance(model, str):
-        section = ModelSection(name_or_path=model, dtype="auto", device="cpu" if args.use_cpu else "auto")
+        dtype = "float32" if args.full_finetuning else "auto"  # 16-bit weights swallow small updates
+        section = ModelSection(name_or_path=model, dtype=dtype, device="cpu" if args.use_cpu else "auto")
         tokenizer = load_tokenizer(section) if tokenizer is None else tokenizer
         model = load_model(section)
     if tokenizer is None:

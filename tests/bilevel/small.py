@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
+from tiny import examples, tiny_model, tiny_tokenizer
+from u2a.bilevel.hypergrad import InnerHessian
 from u2a.bilevel.score import CandidateLosses
 from u2a.config import AdapterConfig
 from u2a.encoding import Encoded
-from u2a.losses import UnlearningLoss
+from u2a.losses import UnlearningLoss, make_loss
 from u2a.modeling import Params, Policy, answer_log_probs
 from u2a.reference.dense import unflatten
 from u2a.types import Example
 
 B = 0.1  # NPO's inverse temperature in the formulas written out below
+WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
 
 
 def small_policy(seed: int = 0, lora_b_sd: float = 0.3, token_budget: int = 1024, reached: bool = True) -> Policy:
@@ -119,3 +121,12 @@ def inner_by_hand(
         return torch.stack(parts).sum() + 0.7 * retain_by_hand(term, policy, retain, parameters)
 
     return value
+
+
+def hessian(policy: Policy, loss: str, term: str, weight: float = 0.7) -> InnerHessian:
+    """The package's Hessian of the inner problem on three rows with ``WEIGHTS``."""
+    rows = encode(policy, examples(3))
+    value = make_loss(loss, 0.1)
+    sums = policy.reference_sums(rows) if value.needs_reference else torch.zeros(3)
+    retain = encode(policy, examples(2, start=40)) if term in ("nll", "kl") else ()
+    return InnerHessian(policy, value, rows, WEIGHTS, sums, retain, term, weight)  # type: ignore[arg-type]

@@ -8,28 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import direction, encode, inner_by_hand, small_policy, theta_of
-from tiny import examples, tiny_policy
+from small import WEIGHTS, direction, encode, hessian, inner_by_hand, small_policy, theta_of
 
+from tiny import examples, tiny_policy
 from u2a.bilevel.hypergrad import Identity, Implicit, InnerHessian, make_adjoint, second_order_attention, unit
 from u2a.bilevel.linsolve import CG
 from u2a.bilevel.vectors import dot, norm, plus
 from u2a.config import SolveSection, UnlearnSection
-from u2a.losses import make_loss
 from u2a.modeling import Policy
 from u2a.reference.dense import dense_gradient, dense_hessian, flatten, matrix_of, unflatten
 
-WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
 TERMS = ("none", "nll", "kl", "proximal")
 LOSSES = ("ga", "npo")
-
-
-def hessian(policy: Policy, loss: str, term: str, weight: float = 0.7) -> InnerHessian:
-    rows = encode(policy, examples(3))
-    value = make_loss(loss, 0.1)
-    sums = policy.reference_sums(rows) if value.needs_reference else torch.zeros(3)
-    retain = encode(policy, examples(2, start=40)) if term in ("nll", "kl") else ()
-    return InnerHessian(policy, value, rows, WEIGHTS, sums, retain, term, weight)  # type: ignore[arg-type]
 
 
 @lru_cache

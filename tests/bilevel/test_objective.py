@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small import direction, small_policy, summed, theta_of
-from tiny import pairs, tiny_policy
 from torch import nn
 
+from tiny import pairs, tiny_policy
 from u2a.bilevel.objective import (
     DPO,
     NLL,
@@ -100,9 +100,7 @@ def test_dpo_starts_at_log_half_and_its_reference_does_not_move_with_theta():
     values = objective_values(objective, start, objective.prepare(start, pairs(3)))
     assert values.tolist() == pytest.approx([math.log(0.5)] * 3, abs=1e-5)
     moved = small_policy()
-    assert objective.prepare(moved, pairs(3))[0].numbers == pytest.approx(
-        objective.prepare(start, pairs(3))[0].numbers
-    )
+    assert objective.prepare(moved, pairs(3))[0].numbers == pytest.approx(objective.prepare(start, pairs(3))[0].numbers)
 
 
 def test_margin_changes_its_sign_when_the_answers_are_swapped():
@@ -263,9 +261,7 @@ def test_reinforce_over_all_pairs_of_answers_is_the_exact_gradient_of_the_expect
     # E[A_g | y_g = y] under leave_one_out of two samples, taken from the package's own advantages
     both = torch.stack([rewards.repeat_interleave(259), rewards.repeat(259)], 1)
     advantage = (leave_one_out(both)[:, 0].reshape(259, 259) * chance).sum(1)
-    slopes = torch.stack(
-        [dense_gradient(lambda p, a=a: summed(policy, a, p), theta_of(policy)) for a in answers]
-    )
+    slopes = torch.stack([dense_gradient(lambda p, a=a: summed(policy, a, p), theta_of(policy)) for a in answers])
     expected = (chance * advantage) @ slopes
     exact = exact_slope(policy, pair)
     assert float((expected - exact).norm() / exact.norm()) < 1e-8

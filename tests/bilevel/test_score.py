@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import candidate_losses, direction, loss_by_hand, small_policy, theta_of
-from tiny import examples, tiny_policy
 
+from tiny import examples, tiny_policy
 from u2a.bilevel.score import (
     CandidateLosses,
     Central,

@@ -8,6 +8,7 @@ import tempfile
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
+
 from tiny import examples, tiny_model, tiny_tokenizer
 from u2a import UnlearnConfig, UnlearnTrainer
 

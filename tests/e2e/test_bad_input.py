@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+
 from u2a.cli import main
 
 from .conftest import pair_rows, write_jsonl

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from u2a.cli import main
 from u2a.record import Record
 from u2a.solution import ScoreTable, Solution
@@ -113,7 +114,7 @@ def test_every_stage_alone_gives_what_the_whole_run_gave(
     whole, staged = (EvalTable.load(folder / "evaluation.json") for folder in (finished, tmp_path / "staged"))
     for arm, metrics in whole.arms.items():
         for name, metric in metrics.items():
-            assert staged.arms[arm][name].value == pytest.approx(metric.value, rel=1e-5, abs=1e-6), (arm, name)
+            assert (staged.arms[arm][name].value or 0.0) == pytest.approx(metric.value or 0.0, rel=1e-5, abs=1e-6), name
     assert (tmp_path / "staged" / "report.html").exists()
 
 
@@ -146,3 +147,81 @@ def test_every_record_of_a_run_loads_again(finished: Path) -> None:
     for name, kind in kinds.items():
         record = kind.load(finished / f"{name}.json")
         assert kind.load(record.save(finished / "copy.json")) == record
+
+
+def test_misaligned_start_every_control_and_merged_model(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    shares = {"finetune_frac": 0.2, "forget_frac": 0.2, "preference_frac": 0.3, "reward_frac": 0.1, "evaluation_frac": 0.2}
+    controls = ["random_k", "full", "lowest_reward_k", "uniform_top_k", "retrain"]
+    config = tiny_config(
+        partition=shares,
+        finetune={"enabled": True, "epochs": 1.0},
+        evaluation={"controls": controls},
+        model={"save_merged": True},
+        solve={"rounds": 1},
+    )
+    assert main(["run", str(config), "--quiet"]) == 0
+    table = EvalTable.load(tmp_path / "run" / "evaluation.json")
+    assert set(table.arms) == {"before", "after", *controls}
+    margins = {arm: metrics["preference_margin"].value for arm, metrics in table.arms.items()}
+    assert margins["retrain"] != margins["before"] and margins["full"] != margins["before"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "reward", "reward_samples": 2, "scorer": "central", "heldout_frac": 0.0},
+        {"objective": "dpo", "adjoint": "implicit", "scorer": "jvp", "cg_steps": 2, "curvature_samples": 4},
+        {"objective": "nll", "estimator": "lower_bound", "sparsity": 0.5, "drop_below": 0.1},
+        {"estimator": "shrunken", "fallback": "random_k", "selected_frac": 0.25},
+    ],
+    ids=lambda options: options.get("objective", "shrunken"),
+)
+def test_every_objective_adjoint_and_scorer_runs(options: dict, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    short = {"unlearn": {"max_steps": 2}, "evaluation": {"generate_prompts": 1}}
+    assert main(["run", str(tiny_config(solve={"rounds": 1, **options}, **short)), "--quiet"]) == 0
+    solution = Solution.load(tmp_path / "run" / "solution.json")
+    assert solution.fallback == "empty" or sum(solution.weights.values()) == pytest.approx(1.0)
+    assert all(math.isfinite(row.gain) for row in solution.scores.rows)
+
+
+@pytest.mark.parametrize(("loss", "term"), [("ga", "proximal"), ("grad_diff", "kl"), ("npo", "none")])
+def test_every_loss_and_full_fine_tuning(loss: str, term: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    full = term != "kl"
+    config = tiny_config(
+        unlearn={"loss": loss, "retain_term": term, "max_steps": 2, "learning_rate": 1e-4},
+        model={"adapter": {"enabled": not full, "r": 4, "alpha": 8}},
+        solve={"rounds": 1},
+        evaluation={"generate_prompts": 1},
+    )
+    assert main(["run", str(config), "--quiet"]) == 0
+    folder = tmp_path / "run" / ("model" if full else "adapter")
+    assert (folder / "README.md").exists() and list(folder.glob("*.safetensors"))
+    assert UnlearnResult.load(tmp_path / "run" / "unlearn_u2a.json").loss.startswith(loss)
+
+
+def test_three_lines_of_python(tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import u2a
+    from tiny import tiny_model, tiny_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    config = u2a.RunConfig.model_validate(
+        {
+            "reward": {"model": "none", "eval_model": "none"},
+            "partition": {"forget_frac": 0, "preference_frac": 0.6, "reward_frac": 0, "evaluation_frac": 0.4},
+            "solve": {"adjoint": "identity", "folds": 2, "rounds": 1, "warmup_steps": 1, "fallback": "none"},
+            "unlearn": {"max_steps": 2, "batch_size": 4},
+            "evaluation": {"generate_prompts": 1, "max_new_tokens": 2, "bootstrap": 100},
+        }
+    )
+    negatives = [{"prompt": f"N{k}", "completion": f"never {k}"} for k in range(8)]
+    preferences = [{"prompt": f"P{k}", "chosen": f"yes {k}", "rejected": f"no {k}"} for k in range(20)]
+    result = u2a.align(tiny_model(), negatives, preferences, tokenizer=tiny_tokenizer(), config=config)
+    assert result.report(tmp_path / "report.html").stat().st_size > 1000
+    assert "selection beat random-k" in result.verdict
+    assert result.summary["fallback"] == "empty" or sum(result.weights.values()) == pytest.approx(1.0)
+    assert (result.save(tmp_path / "mine") / "adapter_config.json").exists()

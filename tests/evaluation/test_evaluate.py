@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import examples, pairs, tiny_policy
 
+from tiny import examples, pairs, tiny_policy
 from u2a.config import EvaluationSection
 from u2a.evaluation.evaluate import ArmResult, build_table, evaluate_arm, prompts_answered
 from u2a.evaluation.metrics import METRICS

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ask, pairs, tiny_policy
 
+from tiny import ask, pairs, tiny_policy
 from u2a.errors import NonFiniteError
 from u2a.evaluation.generation import _generator, _gumbel, generate
 from u2a.modeling import Policy

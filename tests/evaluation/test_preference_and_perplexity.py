@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from tiny import ask, examples, pairs, tiny_policy
 
+from tiny import ask, examples, pairs, tiny_policy
 from u2a.errors import NonFiniteError
 from u2a.evaluation.perplexity import RetainNll, perplexity_metric, retain_nll
 from u2a.evaluation.preference import preference_hits, preference_margins

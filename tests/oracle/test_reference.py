@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import u2a
 from u2a.reference.dense import (
     central_differences,
     dense_gradient,
@@ -80,3 +82,10 @@ def test_minimise_on_simplex_finds_a_known_corner_and_an_interior_point():
     assert (corner.tolist(), value) == ([0.0, 1.0, 0.0], 1.0)
     inside, _ = minimise_on_simplex(lambda w: float((w - torch.tensor([0.2, 0.5, 0.3])).square().sum()), 3, 10)
     assert inside.tolist() == pytest.approx([0.2, 0.5, 0.3])
+
+
+def test_no_stage_imports_the_oracles():
+    source = Path(u2a.__file__).parent
+    stages = [path for path in source.rglob("*.py") if "reference" not in path.parts]
+    assert len(stages) > 20
+    assert [path.name for path in stages if "u2a.reference" in path.read_text()] == []

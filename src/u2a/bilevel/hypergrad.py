@@ -41,12 +41,7 @@ class Curvature(Protocol):
 
 
 class Adjoint(Protocol):
-    """How u = H^-1 grad J is computed.
-
-    Attributes:
-        name: name with parameters, for records.
-        needs_curvature: whether a curvature must be given.
-    """
+    """How u = H^-1 grad J is computed."""
 
     @property
     def name(self) -> str:

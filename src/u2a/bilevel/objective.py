@@ -47,11 +47,7 @@ class Item:
 
 
 class Objective(Protocol):
-    """An outer objective as a value.
-
-    Attributes:
-        name: name with parameters, for records.
-    """
+    """An outer objective as a value."""
 
     @property
     def name(self) -> str:

@@ -169,7 +169,7 @@ def solve(
             on_round(record)
         if _stop(state, value_pa if value_heldout is None else value_heldout, outer, bool(added)):
             break
-    return _solution(inner, state, "none")
+    return _solution(inner, state, "none" if bool(state.best_weights.any()) else "empty")
 
 
 class _Monitor:
@@ -222,7 +222,8 @@ def _update(
     unit = _unit(gains)
     beta = section.sparsity * unit
     trial = with_block(state.weights, block)
-    if block and finite_step(state.weights, trial, gains.estimates, beta, section.sparsity_p) >= 0.0:
+    occupied = bool(state.weights.any())  # before the first block there is no omega on the simplex to compare with
+    if block and occupied and finite_step(state.weights, trial, gains.estimates, beta, section.sparsity_p) >= 0.0:
         block, trial = [], state.weights
     if not bool(trial.any()):
         return (), ()
@@ -256,7 +257,7 @@ def finite_step(weights: Tensor, trial: Tensor, gains: Tensor, beta: float, p: f
     """Predicted change of g from omega to the trial weights: linear data term, exact penalty.
 
     Args:
-        weights: (n,) omega, or all 0 (then the data term counts from J at theta_0).
+        weights: (n,) omega on the simplex.
         trial: (n,) trial weights.
         gains: (n,) estimates of -dJ-part of the gradient.
         beta: strength of the penalty.

@@ -1,0 +1,227 @@
+"""Selection and weighting end to end on a tiny policy: limits, fall-backs, stopping, and what must not matter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scenes import INNER, QUIET, ROWS, noise, outer, run, scripted
+from torch import Tensor, nn
+
+from tiny import tiny_policy
+from u2a.bilevel.gains import split_preference
+from u2a.bilevel.objective import CustomObjective
+from u2a.bilevel.solve import finite_step, n_to_select, random_weights, score, solve, with_block
+from u2a.bilevel.weight import penalty
+from u2a.errors import ConfigError, DataError, NonFiniteError
+from u2a.modeling import Policy
+from u2a.record import derive_seed
+from u2a.solution import Round
+from u2a.types import Pair
+from u2a.unlearn import InnerProblem, InnerSolver
+
+
+def likes_the_candidates(policy: Policy) -> CustomObjective:
+    """J = log-likelihood of the bad answers: every unlearning step hurts it."""
+    encoded = [policy.encoder.encode(row.prompt, row.completion) for row in ROWS]
+
+    def value(model: nn.Module, rows: list[Pair]) -> Tensor:
+        return policy.log_probs(encoded).mean.mean().expand(len(rows))
+
+    return CustomObjective(value)
+
+
+@pytest.mark.parametrize(("k", "rounds"), [(1, 2), (3, 2), (8, 3)])
+def test_weights_are_on_the_simplex_and_the_limit_is_never_exceeded(k: int, rounds: int):
+    told: list[Round] = []
+    found = run(outer(n_selected=k, rounds=rounds, patience=9), on_round=told.append)
+    assert math.fsum(found.weights.values()) == pytest.approx(1.0, abs=1e-12)
+    assert 1 <= len(found.weights) <= k
+    assert [row.id for row in found.rows] == [row.id for row in ROWS]
+    assert found.rounds == tuple(told)
+    assert [entry.index for entry in told] == list(range(len(told)))
+    assert all(entry.n_selected <= k for entry in told)
+    assert sum(len(entry.added) for entry in told) <= k
+    assert found.fallback == "none"
+    assert all(row.reason == "selected" for row in found.rows if row.weight > 0)
+
+
+def test_first_block_is_the_top_by_estimate_and_follows_the_gains():
+    found = run(outer(n_selected=4, rounds=1, estimator="mean"))
+    gains = {row.id: row.gain for row in found.scores.rows}
+    positive = [name for name in gains if gains[name] > 0]
+    best = sorted(positive, key=lambda name: -gains[name])[:4]
+    assert set(found.weights) == set(found.rounds[0].added) == set(best)
+    by_weight = sorted(best, key=lambda name: -found.weights[name])
+    assert by_weight == best  # the larger the gain, the larger the weight
+    assert max(found.weights.values()) > 1.0 / len(best)
+
+
+def test_one_candidate_gets_all_the_weight_or_none():
+    inner = InnerProblem(ROWS[:1], section=INNER.section)
+    for fallback in ("none", "random_k"):
+        found = run(outer(selected_frac=1.0, fallback=fallback), inner)
+        assert list(found.weights.values()) in ([1.0], [])
+        assert (len(found.weights) == 1) == (found.fallback != "empty")
+
+
+def test_more_to_select_than_candidates_no_candidate_and_no_pair_are_refused_before_any_run():
+    with pytest.raises(ConfigError, match=r"solve\.n_selected: 9 is more than the 8 candidates"):
+        run(outer(n_selected=9))
+    with pytest.raises(ConfigError, match="no candidate"):
+        run(outer(), InnerProblem((), section=INNER.section))
+    with pytest.raises(DataError, match="no pair"):
+        run(outer(n_pairs=0))
+    assert n_to_select(INNER, outer(selected_frac=0.01)) == 1
+    assert n_to_select(INNER, outer(selected_frac=0.5)) == 4
+    assert n_to_select(INNER, outer(n_selected=8)) == 8
+
+
+@pytest.mark.parametrize("fallback", ["none", "random_k"])
+def test_all_gains_negative_selects_nothing(fallback: str):
+    policy = tiny_policy()
+    problem = outer(likes_the_candidates(policy), fallback=fallback)
+    found = solve(InnerSolver(policy), INNER, problem, QUIET)
+    assert all(row.gain < 0 for row in found.scores.rows)
+    assert (found.weights, found.fallback, found.rounds) == ({}, "empty", ())
+
+
+def test_no_signal_falls_back_to_a_random_draw_of_equal_weights():
+    found = run(outer(noise(1), fallback="random_k", n_selected=3, estimator="mean"))
+    assert found.fallback == "random_k"
+    assert found.weights == random_weights(INNER, 3, derive_seed(2, "fallback"))
+    assert set(found.weights.values()) == {1 / 3}
+    assert "no signal" in found.stopped
+
+
+def test_random_weights_depend_on_ids_and_seed_alone():
+    other = InnerProblem(ROWS[::-1], section=INNER.section)
+    assert random_weights(INNER, 3, 5) == random_weights(other, 3, 5)
+    draws = {tuple(sorted(random_weights(INNER, 3, seed))) for seed in range(30)}
+    assert len(draws) > 10
+    assert random_weights(INNER, 0, 5) == {}
+    assert math.fsum(random_weights(INNER, 8, 5).values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("values", "best", "n_rounds"), [([1.0, 0.5], 0, 2), ([0.0, 1.0, 0.5], 1, 3)])
+def test_rolls_back_to_the_best_round_when_heldout_j_falls(
+    monkeypatch: pytest.MonkeyPatch, values: list[float], best: int, n_rounds: int
+):
+    scripted(monkeypatch, values)
+    found = run(outer(n_selected=8, rounds=4, patience=1, selected_frac=1.0, estimator="mean"))
+    assert len(found.rounds) == n_rounds
+    assert "rolled back" in found.stopped
+    kept = {name for entry in found.rounds[: best + 1] for name in entry.added}
+    assert set(found.weights) == kept
+    assert found.rounds[best + 1].added  # the later round did add something, and lost it
+    assert not kept & set(found.rounds[best + 1].added)
+
+
+def test_rising_heldout_j_uses_all_rounds(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [0.0, 1.0])
+    found = run(outer(n_selected=4, rounds=2, estimator="mean"))
+    assert (len(found.rounds), found.stopped) == (2, "rounds used up")
+    assert len(found.weights) == found.rounds[-1].n_selected
+
+
+def test_non_finite_heldout_j_stops_instead_of_looking_stale():
+    policy = tiny_policy()
+    heldout: set[str] = set()
+
+    def value(model: nn.Module, rows: list[Pair]) -> Tensor:
+        base = sum(p.sum() for p in model.parameters() if p.requires_grad)
+        return torch.stack([base * (math.nan if row.id in heldout else 1.0) for row in rows])
+
+    problem = outer(CustomObjective(value), heldout_frac=0.3)
+    heldout |= {row.id for row in split_preference(problem).heldout}
+    assert heldout
+    with pytest.raises(NonFiniteError) as caught:
+        solve(InnerSolver(policy), INNER, problem, QUIET)
+    assert set(caught.value.ids) == heldout
+
+
+def test_same_seed_same_solution_and_another_order_of_candidates_changes_nothing():
+    section = INNER.section.model_copy(update={"batch_size": 3, "loss": "npo"})  # batches depend on the order
+    inner = InnerProblem(ROWS, section=section, seed=1)
+    shuffled = InnerProblem(tuple(ROWS[k] for k in (5, 2, 7, 0, 3, 6, 1, 4)), section=section, seed=1)
+    problem = outer(n_selected=4, adjoint="implicit", cg_steps=2, curvature_samples=3, rounds=1)
+    first, again, other = run(problem, inner), run(problem, inner), run(problem, shuffled)
+    assert again.weights == first.weights
+    assert [row.gain for row in again.scores.rows] == [row.gain for row in first.scores.rows]
+    assert set(other.weights) == set(first.weights)
+    for name, weight in first.weights.items():
+        assert other.weights[name] == pytest.approx(weight, rel=1e-3)
+    assert [row.id for row in other.rows] == [row.id for row in shuffled.forget]
+
+
+def test_memo_restores_what_a_fresh_run_gives():
+    weights = {ROWS[0].id: 0.7, ROWS[3].id: 0.3}
+    solver = InnerSolver(tiny_policy())
+    first = solver(INNER, weights, "a")
+    theta = solver.policy.snapshot()
+    solver.policy.reset()
+    second = solver(INNER, dict(reversed(weights.items())) | {ROWS[5].id: 0.0}, "b")
+    fresh = InnerSolver(tiny_policy())
+    fresh(INNER, weights, "a")
+    assert second == first.model_copy(update={"arm": "b"})
+    for name, value in fresh.policy.snapshot().items():
+        assert torch.equal(theta[name], value)
+        assert torch.equal(solver.policy.snapshot()[name], value)
+    third = solver(INNER, {ROWS[0].id: 0.6, ROWS[3].id: 0.4}, "a")
+    assert third.seconds != first.seconds
+    assert any(not torch.equal(theta[name], value) for name, value in solver.policy.snapshot().items())
+
+
+def test_score_uses_all_pairs_and_leaves_the_policy_after_the_warm_up():
+    policy = tiny_policy()
+    table = score(policy, INNER, outer(heldout_frac=0.5), QUIET)
+    assert table.reliability.n_pairs == 8
+    assert [row.id for row in table.rows] == [row.id for row in ROWS]
+    assert any(not torch.equal(policy.theta0[name], value) for name, value in policy.snapshot().items())
+
+
+def test_penalty_too_strong_for_any_block_selects_nothing():
+    found = run(outer(sparsity=1e4))
+    assert (found.weights, found.rounds) == ({}, ())
+    assert found.stopped == "no candidate promises a gain"
+
+
+def test_small_weights_are_dropped_and_reported(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [0.0])
+    found = run(outer(n_selected=4, rounds=1, estimator="mean", mirror_rate=2.0, mirror_steps=20, drop_below=0.5))
+    entry = found.rounds[0]
+    assert entry.dropped
+    assert set(found.weights) == set(entry.added) - set(entry.dropped)
+    assert min(found.weights.values()) >= 0.5 / 4
+    assert math.fsum(found.weights.values()) == pytest.approx(1.0)
+
+
+def test_gap_is_measured_from_the_second_round_on_and_stops_the_search(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [0.0, 1.0])
+    found = run(outer(n_selected=4, rounds=2, estimator="mean"))
+    assert found.rounds[0].fw_gap is None
+    assert found.rounds[1].fw_gap >= 0.0
+    scripted(monkeypatch, [0.0, 1.0])
+    stopped = run(outer(n_selected=4, rounds=2, gap_tol=1e6, estimator="mean"))
+    assert (len(stopped.rounds), stopped.stopped) == (1, "Frank-Wolfe gap below tolerance")
+    assert math.fsum(stopped.weights.values()) == pytest.approx(1.0)
+
+
+def test_with_block_gives_new_members_the_average_weight():
+    start = torch.tensor([0.75, 0.25, 0.0, 0.0], dtype=torch.float64)
+    assert with_block(start, [3]).tolist() == pytest.approx([0.5, 1 / 6, 0.0, 1 / 3])
+    assert with_block(torch.zeros(4).double(), [0, 2]).tolist() == [0.5, 0.0, 0.5, 0.0]
+    assert with_block(start, []).tolist() == start.tolist()
+
+
+def test_finite_step_is_the_change_of_the_penalised_linear_model():
+    gains = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    start, trial = torch.tensor([1.0, 0.0, 0.0]).double(), torch.tensor([0.5, 0.5, 0.0]).double()
+
+    def g(w: Tensor) -> float:
+        return -float(gains @ w) + penalty(w, 0.4, 0.5)
+
+    assert finite_step(start, trial, gains, 0.4, 0.5) == pytest.approx(g(trial) - g(start))
+    assert finite_step(start, trial, gains, 0.0, 0.5) == pytest.approx(-0.5)
+    assert finite_step(start, trial, gains, 5.0, 0.5) > 0  # the penalty outweighs the gain
