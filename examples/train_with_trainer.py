@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import torch
 from datasets import load_dataset
 
 from u2a import UnlearnConfig, UnlearnTrainer
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_steps=options.steps,
             per_device_train_batch_size=8,
             logging_steps=5,
+            use_cpu=not torch.cuda.is_available(),  # several processes on CPUs find each other only when told
             report_to="none",
         ),
         train_dataset=load_dataset("json", data_files=options.negatives, split="train"),

@@ -45,8 +45,8 @@ def test_npo_is_the_papers_formula_and_its_gradient_is_a_sigmoid(s: float, start
     (slope,) = torch.autograd.grad(loss, value)
     x = beta * (s - start)
     exact = (2 / beta) * (math.log1p(math.exp(-abs(x))) + max(x, 0.0))
-    assert loss.item() == pytest.approx(exact, rel=1e-9, abs=1e-12)
-    assert slope.item() == pytest.approx(2 / (1 + math.exp(-x)), rel=1e-9)
+    assert loss.item() == pytest.approx(exact, rel=1e-8, abs=1e-12)
+    assert slope.item() == pytest.approx(2 / (1 + math.exp(-x)), rel=1e-8)  # torch is linear above x = 20
     assert loss.item() >= 0
 
 

@@ -395,7 +395,9 @@ def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConf
     inner = InnerProblem(sets.forget, sets.retain, (), unlearn, config.guard, seed)
     outer = OuterProblem(sets.preference, config.solve, None, derive_seed(config.seed, "solve"))
     n_cut = count_truncated(sets, tokenizer, config.data.max_length)
-    console.say(f"{len(sets.forget)} negatives, {len(sets.preference)} pairs; {n_cut} answers cut off at data.max_length")
+    console.say(
+        f"{len(sets.forget)} negatives, {len(sets.preference)} pairs; {n_cut} answers cut off at data.max_length"
+    )
     policy = Policy(
         load_model(section), tokenizer, section.adapter, config.data.max_length, config.token_budget, config.seed
     )

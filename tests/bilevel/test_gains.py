@@ -126,6 +126,18 @@ def test_gains_belong_to_ids_whatever_the_order_and_the_batches(order: list[int]
     assert [gains[row.id] for row in first.rows] == pytest.approx([row.gain for row in first.rows], rel=1e-5)
 
 
+def test_a_sample_of_the_candidates_stands_for_all_in_the_curvature():
+    """Of identical candidates any two have the curvature of all four, if their weights are made to sum to 1."""
+    policy = small_policy()
+    same = tuple(ROWS[0].model_copy(update={"id": f"copy{k}"}) for k in range(4))
+    inner = InnerProblem(same, section=problem("npo", "none").section)
+    few, every = (
+        compute_gains(policy, inner, settings_, split_preference(settings_), inner.uniform(), QUIET)
+        for settings_ in (outer(damping=5.0, curvature_samples=size) for size in (2, 16))
+    )
+    assert torch.allclose(few.statistics.gain, every.statistics.gain, rtol=1e-5)
+
+
 def test_more_folds_than_prompts_gives_one_prompt_per_fold():
     policy, inner = small_policy(), problem("ga", "none")
     few = OuterProblem(pairs(3), SolveSection(folds=8, heldout_frac=0.0, adjoint="identity"))

@@ -82,6 +82,12 @@ def test_negative_curvature_raises_the_damping_and_solves_the_raised_system(seed
     assert found.status.residual <= 1e-10
 
 
+def test_damping_is_raised_to_twice_the_negative_curvature_of_the_operator_itself():
+    found = CG().solve(operator(-5.0 * torch.eye(SIZE).double()), draw(0), 1.0)
+    assert found.status.damping == pytest.approx(10.0)
+    assert torch.allclose(flatten(found.value), flatten(draw(0)) / 5.0)
+
+
 def test_indefinite_operator_made_positive_by_its_damping_is_solved_as_asked():
     matrix, right = symmetric(3, torch.linspace(-2.0, 4.0, SIZE)), draw(3)
     found = CG(max_steps=60, tol=1e-10).solve(operator(matrix), right, 2.5)
@@ -125,9 +131,9 @@ def test_zero_operator_without_damping_is_refused():
         CG().solve(operator(torch.zeros(SIZE, SIZE).double()), draw(6), 0.0)
 
 
-@given(exponent=st.integers(-18, 18), seed=st.integers(0, 100))
+@given(exponent=st.integers(-60, 60), seed=st.integers(0, 100))
 def test_cg_does_not_depend_on_the_unit_of_the_operator(exponent: int, seed: int):
-    unit, matrix, right = 10.0**exponent, symmetric(seed, torch.linspace(-1.0, 6.0, SIZE)), draw(seed)
+    unit, matrix, right = 2.0**exponent, symmetric(seed, torch.linspace(-1.0, 6.0, SIZE)), draw(seed)
     plain = CG(60, 1e-9).solve(operator(matrix), right, 0.01)
     scaled = CG(60, 1e-9).solve(operator(unit * matrix), right, unit * 0.01)
     assert scaled.status.status == plain.status.status

@@ -275,7 +275,7 @@ def test_sampled_expected_reward_gradient_tends_to_the_exact_one():
         chance = torch.cat([policy.log_probs([a]).token[0] for a in answers]).exp()
 
     def draw(policy: Policy, rows: list[Pair]) -> list[Drawn]:
-        picks = torch.multinomial(chance, 4000, replacement=True, generator=generator).tolist()
+        picks = torch.multinomial(chance, 2500, replacement=True, generator=generator).tolist()
         return [Drawn(tuple(answers[k] for k in picks), tuple(rewards[picks].tolist()))]
 
     objective = ExpectedReward(draw)

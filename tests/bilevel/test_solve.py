@@ -125,6 +125,14 @@ def test_rising_heldout_j_uses_all_rounds(monkeypatch: pytest.MonkeyPatch):
     assert len(found.weights) == found.rounds[-1].n_selected
 
 
+def test_patience_counts_stale_rounds_in_a_row(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [1.0, 0.9, 5.0, 4.0, 6.0])
+    monkeypatch.setattr("u2a.bilevel.solve.finite_step", lambda *rest: -1.0)  # every block is accepted
+    found = run(outer(n_selected=5, rounds=5, patience=2, estimator="mean"))
+    assert [len(entry.added) for entry in found.rounds] == [1] * 5
+    assert len(found.weights) == 5
+
+
 def test_non_finite_heldout_j_stops_instead_of_looking_stale():
     policy = tiny_policy()
     heldout: set[str] = set()
@@ -181,10 +189,12 @@ def test_score_uses_all_pairs_and_leaves_the_policy_after_the_warm_up():
     assert any(not torch.equal(policy.theta0[name], value) for name, value in policy.snapshot().items())
 
 
-def test_penalty_too_strong_for_any_block_selects_nothing():
-    found = run(outer(sparsity=1e4))
-    assert (found.weights, found.rounds) == ({}, ())
-    assert found.stopped == "no candidate promises a gain"
+def test_a_strong_penalty_leaves_one_candidate_and_admits_no_further_block(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [0.0, 1.0, 2.0])
+    found = run(outer(n_selected=6, rounds=3, sparsity=100.0, mirror_steps=50, estimator="mean"))
+    assert found.stopped == "no acceptable candidate"
+    assert [bool(entry.added) for entry in found.rounds] == [True, False]
+    assert list(found.weights.values()) == [pytest.approx(1.0)]
 
 
 def test_small_weights_are_dropped_and_reported(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Trains a tiny model on weighted rows and saves the adapter; started by test_distributed.py in one or two processes."""
+"""Trains a tiny model on weighted rows and saves the adapter; test_distributed.py starts it in one or two processes."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_nothing_already_written_is_lost(
 
 
 def test_help_and_config_need_no_model_library() -> None:
-    code = "import sys, u2a.cli; u2a.cli.build_parser(); u2a.cli.main(['config', '--print']); print('torch' in sys.modules)"
+    code = "import sys, u2a.cli; u2a.cli.main(['config', '--print']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert "learning_rate:" in done.stdout

@@ -28,7 +28,14 @@ def finished(tiny_config: Callable[..., Path], tmp_path: Path) -> Path:
 def test_run_writes_everything_a_user_is_promised(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {"run.yaml", "partition.json", "rewards.json", "scores.json", "solution.json", "unlearn_u2a.json"} <= names
-    assert {"unlearn_random_k.json", "evaluation.json", "summary.json", "report.html", "adapter", "metrics.jsonl"} <= names
+    assert {
+        "unlearn_random_k.json",
+        "evaluation.json",
+        "summary.json",
+        "report.html",
+        "adapter",
+        "metrics.jsonl",
+    } <= names
     summary = json.loads((finished / "summary.json").read_text())
     for metric in ("preference_accuracy", "preference_margin", "reward", "retain_ppl"):
         assert {"before", "after", "random_k"} <= set(summary[metric])
@@ -41,7 +48,7 @@ def test_run_writes_everything_a_user_is_promised(finished: Path) -> None:
     assert control.n_samples == mine.n_samples == len(solution.weights) == summary["n_selected"], "equal k"
     assert control.history[-1].step <= 4 and mine.history[-1].step <= 4, "equal steps"
     page = (finished / "report.html").read_text()
-    assert summary["verdict"].split(":")[0] in page and "src=\"http" not in page
+    assert summary["verdict"].split(":")[0] in page and 'src="http' not in page
 
 
 def test_adapter_loads_with_plain_peft_and_scores_as_recorded(finished: Path, tiny_files: Path) -> None:
@@ -135,8 +142,9 @@ def test_score_without_a_configuration_file(tiny_files: Path, tmp_path: Path) ->
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 10 and all(math.isfinite(row["gain"]) for row in rows)
     assert [row["estimate"] for row in rows] == sorted((row["estimate"] for row in rows), reverse=True)
-    assert {row["completion"] for row in rows} == {f"never {t}" for t in (
-        "tea", "rain", "chess", "bread", "maps", "wool", "salt", "bees", "kites", "ferns")}
+    assert {row["completion"] for row in rows} == {
+        f"never {t}" for t in ("tea", "rain", "chess", "bread", "maps", "wool", "salt", "bees", "kites", "ferns")
+    }
 
 
 def test_every_record_of_a_run_loads_again(finished: Path) -> None:
@@ -150,7 +158,13 @@ def test_every_record_of_a_run_loads_again(finished: Path) -> None:
 
 
 def test_misaligned_start_every_control_and_merged_model(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    shares = {"finetune_frac": 0.2, "forget_frac": 0.2, "preference_frac": 0.3, "reward_frac": 0.1, "evaluation_frac": 0.2}
+    shares = {
+        "finetune_frac": 0.2,
+        "forget_frac": 0.2,
+        "preference_frac": 0.3,
+        "reward_frac": 0.1,
+        "evaluation_frac": 0.2,
+    }
     controls = ["random_k", "full", "lowest_reward_k", "uniform_top_k", "retrain"]
     config = tiny_config(
         partition=shares,
@@ -181,7 +195,9 @@ def test_misaligned_start_every_control_and_merged_model(tiny_config: Callable[.
     ],
     ids=lambda options: options.get("objective", "shrunken"),
 )
-def test_every_objective_adjoint_and_scorer_runs(options: dict, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_every_objective_adjoint_and_scorer_runs(
+    options: dict, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
     short = {"unlearn": {"max_steps": 2}, "evaluation": {"generate_prompts": 1}}
     assert main(["run", str(tiny_config(solve={"rounds": 1, **options}, **short)), "--quiet"]) == 0
     solution = Solution.load(tmp_path / "run" / "solution.json")
@@ -190,7 +206,9 @@ def test_every_objective_adjoint_and_scorer_runs(options: dict, tiny_config: Cal
 
 
 @pytest.mark.parametrize(("loss", "term"), [("ga", "proximal"), ("grad_diff", "kl"), ("npo", "none")])
-def test_every_loss_and_full_fine_tuning(loss: str, term: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_every_loss_and_full_fine_tuning(
+    loss: str, term: str, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
     full = term != "kl"
     config = tiny_config(
         unlearn={"loss": loss, "retain_term": term, "max_steps": 2, "learning_rate": 1e-4},
