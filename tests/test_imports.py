@@ -44,7 +44,9 @@ LAYERS = (
     {"evaluation"},
     {"finetune"},
     {"figures", "console", "run_records", "report", "model_card"},
+    {"stage_store"},
     {"pipeline"},
+    {"artifacts"},
     {"run"},
     {"cli"},
 )

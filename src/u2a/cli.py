@@ -23,7 +23,7 @@ STAGES = {
     "solve": "find which negatives to unlearn and how strongly",
     "unlearn": "unlearn the weighted set and run the controls",
     "evaluate": "measure every arm on held-out data",
-    "report": "write report.html, summary.json and the model card from the records",
+    "report": "write report.html from the records",
 }
 
 

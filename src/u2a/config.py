@@ -58,6 +58,9 @@ class ModelSection(Section):
     adapter: AdapterConfig = option(AdapterConfig(), "the LoRA adapter")
 
 
+SOURCES = ("pairs", "forget", "preferences", "retain", "evaluation", "reward", "finetune")
+
+
 class FieldMap(Section):
     """Names of the columns in the user's files."""
 

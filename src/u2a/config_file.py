@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from u2a.config import PRESETS, RunConfig
+from u2a.config import PRESETS, SOURCES, RunConfig
 from u2a.errors import ConfigError
 
 
@@ -19,8 +19,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), preset: 
     """Read a configuration strictly and report every problem at once.
 
     Args:
-        path: YAML file, or None for the defaults. Relative data and output paths stay as written; data
-            paths are resolved against the file's directory.
+        path: YAML file, or None for the defaults. Its relative data paths are resolved against its directory;
+            ``output_dir`` and the paths in ``overrides`` against the working directory.
         overrides: ``section.option=value`` strings, values in YAML notation; they win over the file.
         preset: name in :data:`PRESETS`, applied under the file.
 
@@ -37,7 +37,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), preset: 
             raise ConfigError(f"--preset {preset}: unknown preset (expected one of: {', '.join(PRESETS)})")
         tree = _merged(tree, PRESETS[preset])
     if path is not None:
-        tree = _merged(tree, _read_yaml(Path(path)))
+        tree = _merged(tree, _resolved(_read_yaml(Path(path)), Path(path).parent))
     tree.pop("provenance", None)
     for text in overrides:
         tree = _merged(tree, _override(text))
@@ -48,7 +48,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), preset: 
         raise ConfigError(problems + [_sentence(item) for item in error.errors()]) from None
     if problems:
         raise ConfigError(problems)
-    return config if path is None else _resolved(config, Path(path).parent)
+    return config
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -181,15 +181,17 @@ def _sentence(error: Any) -> str:
     return f"{where}: {message}{shown}" if where else message
 
 
-def _resolved(config: RunConfig, folder: Path) -> RunConfig:
-    """Make relative data paths relative to the configuration file's directory."""
-    data = config.data
-    changes = {}
-    for name in ("pairs", "forget", "preferences", "retain", "evaluation", "reward", "finetune"):
-        value = getattr(data, name)
-        if value and ":" not in value and not Path(value).is_absolute():
-            changes[name] = str(folder / value)
-    return config.model_copy(update={"data": data.model_copy(update=changes)})
+def _resolved(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make relative data paths of a file relative to its directory (those of ``--set`` stay as they are)."""
+    data = tree.get("data")
+    if not isinstance(data, dict):
+        return tree
+    changes = {
+        name: str(folder / value)
+        for name in SOURCES
+        if isinstance(value := data.get(name), str) and value and ":" not in value and not Path(value).is_absolute()
+    }
+    return {**tree, "data": {**data, **changes}}
 
 
 def print_options() -> str:

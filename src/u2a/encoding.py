@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from u2a.errors import DataError, ModelError
-from u2a.types import Message
+from u2a.types import Example, Message, Pair, Partition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -210,3 +210,33 @@ def token_batches(encoded: Sequence[Encoded], token_budget: int) -> list[list[in
             width = len(encoded[index].input_ids)
         batches[-1].append(index)
     return batches
+
+
+def count_truncated(sets: Partition, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """Tokenise every row before a model is loaded; all prompts that leave no room for an answer are one error.
+
+    Args:
+        sets: the partition.
+        tokenizer: the policy's.
+        max_length: tokens of prompt and answer.
+
+    Returns:
+        Answers that are cut off at ``max_length``.
+
+    Raises:
+        DataError: prompts that leave no room for an answer.
+        ModelError: the tokenizer has no chat template.
+    """
+    encoder = Encoder(tokenizer, max_length)
+    rows: list[tuple[Example | Pair, str]] = [(row, row.completion) for row in (*sets.forget, *sets.retain)]
+    for pair in (*sets.finetune, *sets.preference, *sets.evaluation):
+        rows += [(pair, pair.chosen), (pair, pair.rejected)]
+    n_cut, problems = 0, []
+    for row, text in rows:
+        try:
+            n_cut += encoder.encode(row.prompt, text, row.source).n_cut > 0
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(list(dict.fromkeys(problems)))
+    return n_cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -323,6 +324,25 @@ def lora_change_sq(model: nn.Module) -> Tensor:
     if not terms:
         raise ModelError("the proximal term needs linear LoRA layers, none was found")
     return torch.stack(terms).sum()
+
+
+def weights_fingerprint(model: nn.Module, per_tensor: int = 256) -> str:
+    """Hash a sample of a model's weights, to tell whether two models are the same one.
+
+    Args:
+        model: any module.
+        per_tensor: entries read of each tensor, evenly spread.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.state_dict().items():
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // per_tensor)].double().cpu()
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def end_ids(model: nn.Module) -> list[int]:

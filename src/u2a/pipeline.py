@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,23 +17,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from u2a.bilevel.solve import OuterProblem, random_weights, score, solve
 from u2a.config import RunConfig
 from u2a.data import Source
-from u2a.encoding import Encoder
-from u2a.errors import DataError, RecordError
+from u2a.encoding import count_truncated
+from u2a.errors import RecordError
 from u2a.evaluation.evaluate import ArmResult, build_table, evaluate_arm
 from u2a.evaluation.expected_reward import sampled_reward
 from u2a.finetune import finetune, mixture, n_steps
 from u2a.model_loading import load_model, load_tokenizer
-from u2a.modeling import Policy
+from u2a.modeling import Policy, weights_fingerprint
 from u2a.partition import describe, partition
 from u2a.progress import Console
-from u2a.record import Record, content_id, derive_seed, write_whole
+from u2a.record import content_id, derive_seed
 from u2a.reward.analysis import analyse, build_reward_model, evaluation_section, reward_card
 from u2a.reward.base import RewardModel
 from u2a.solution import Round, ScoreTable, Solution
-from u2a.types import EvalTable, Example, Pair, Partition, RewardCard, RewardTable, UnlearnResult
+from u2a.stage_store import AnyRecord, StageStore
+from u2a.types import EvalTable, Pair, Partition, RewardCard, RewardTable, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver
 
-AnyRecord = TypeVar("AnyRecord", bound=Record)
 SOLUTION_ARM = "u2a"
 
 
@@ -64,7 +63,7 @@ class Pipeline:
         self.dir = Path(config.output_dir)
         self._sources, self._model, self._tokenizer = sources, model, tokenizer
         self._only = only
-        self._memory: dict[str, Record] = {}
+        self._store = StageStore(self.dir, console.say)
         self.n_truncated = 0
 
     # --- what stages share -----------------------------------------------------------------------
@@ -108,14 +107,14 @@ class Pipeline:
 
     def _misaligned(self, policy: Policy) -> Policy:
         """Fine-tune on the mixture, or read the merged model back."""
-        folder, key = self.dir / "base", self._key("finetune", self.partition.fingerprint, "model", "finetune", "data")
-        if self._done("finetune", key) and folder.is_dir():
+        folder, key = self.dir / "base", self._key("finetune")
+        if self._store.is_done("finetune", key) and folder.is_dir():
             self.console.say("  misaligned start: read back")
             return self._policy_around(load_model(self.config.model.model_copy(update={"name_or_path": str(folder)})))
         model = self._finetuned(policy, leave_out_forget=False)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self._mark("finetune", key)
+        self._store.mark("finetune", key)
         return self._policy_around(model)
 
     def _finetuned(self, policy: Policy, leave_out_forget: bool) -> PreTrainedModel:
@@ -198,7 +197,7 @@ class Pipeline:
         section = self.config.reward
         if section.model == "none":
             return None
-        key = self._key("reward", self.partition.fingerprint, "reward", "model", "finetune")
+        key = self._key("reward", "reward")
 
         def compute() -> RewardTable:
             trained = len(self._reward_halves()[0]) if self._trains_head(section.model) else 0
@@ -212,7 +211,7 @@ class Pipeline:
         Returns:
             Gains of all candidates; also ``scores.json``.
         """
-        key = self._key("score", self.partition.fingerprint, "reward", "solve", "unlearn", "model", "finetune")
+        key = self._key("score", "reward", "solve", "unlearn", "token_budget")
 
         def compute() -> ScoreTable:
             return score(self.policy, self.inner, self.outer, self.console)
@@ -231,14 +230,13 @@ class Pipeline:
 
     @cached_property
     def _solve_key(self) -> str:
-        sections = ("reward", "solve", "unlearn", "guard", "model", "finetune", "data", "token_budget")
-        return self._key("solve", self.partition.fingerprint, *sections)
+        return self._key("solve", "reward", "solve", "unlearn", "guard", "token_budget")
 
     def _solve(self) -> Solution:
         return solve(self._inner_solver, self.inner, self.outer, self.console, on_round=self._log_round)
 
     def _log_round(self, record: Round) -> None:
-        self._log("round", record.model_dump(mode="json"))
+        self._store.log("round", record.model_dump(mode="json"))
 
     def arm_weights(self, arm: str) -> dict[str, float] | None:
         """Weights of one arm; every control has as many samples as the solution.
@@ -283,7 +281,7 @@ class Pipeline:
         path, key = self.dir / f"unlearn_{arm}.json", self._arm_key(arm, weights)
         saved = self.dir / "arms" / f"{arm}.safetensors"
         read_only = self._only not in (None, "unlearn")
-        if read_only or (self._done(f"unlearn_{arm}", key) and path.exists() and saved.exists()):
+        if read_only or (self._store.is_done(f"unlearn_{arm}", key) and path.exists() and saved.exists()):
             record = UnlearnResult.load(path)
             self.policy.restore(load_file(saved))
             return record
@@ -297,8 +295,8 @@ class Pipeline:
         part.replace(saved)
         result.save(path)
         for step in result.history:
-            self._log(f"unlearn_{arm}", step.model_dump(mode="json"))
-        self._mark(f"unlearn_{arm}", key)
+            self._store.log(f"unlearn_{arm}", step.model_dump(mode="json"))
+        self._store.mark(f"unlearn_{arm}", key)
         return result
 
     def _arm_key(self, arm: str, weights: Mapping[str, float]) -> str:
@@ -328,8 +326,7 @@ class Pipeline:
         """Measure one arm, or read its measurement back."""
         name = "after" if arm == SOLUTION_ARM else arm
         weights = {} if arm in ("before", "retrain") else self.arm_weights(arm)
-        sections = [self._section(name) for name in ("evaluation", "reward", "finetune", "model")]
-        key = content_id(self._arm_key(arm, weights or {}), self.partition.fingerprint, *sections)
+        key = content_id(self._arm_key(arm, weights or {}), self._key("evaluate", "evaluation", "reward"))
 
         def compute() -> ArmResult:
             policy = self.policy
@@ -343,7 +340,7 @@ class Pipeline:
             section, seed = self.config.evaluation, self.config.seed
             return evaluate_arm(policy, self.partition, judge, section, seed, self.console, name)
 
-        return self._saved(f"arms/{name}", ArmResult, key, compute)
+        return self._store.saved(f"arms/{name}", ArmResult, key, compute)
 
     def _retrained(self) -> Policy:
         """The baseline Retrain: the base model, fine-tuned on the mixture without the forget set."""
@@ -360,80 +357,21 @@ class Pipeline:
         """Compute a stage or read its record back; where another stage alone was asked for, only read."""
         if self._only not in (None, stage):
             return kind.load(self.dir / f"{name}.json")
-        return self._saved(name, kind, key, compute)
-
-    def _saved(self, name: str, kind: type[AnyRecord], key: str, compute: Callable[[], AnyRecord]) -> AnyRecord:
-        """Read a record back when its key is the saved one, else compute and save it."""
-        path = self.dir / f"{name}.json"
-        known = self._memory.get(name)
-        if isinstance(known, kind):
-            return known
-        if self._done(name, key) and path.exists():
-            self.console.say(f"  {name}: read back from {path}")
-            record = kind.load(path)
-        else:
-            record = compute()
-            record.save(path)
-            self._mark(name, key)
-        self._memory[name] = record
-        return record
+        return self._store.saved(name, kind, key, compute)
 
     def _section(self, name: str) -> str:
         value = getattr(self.config, name)
         return json.dumps(value.model_dump(mode="json") if hasattr(value, "model_dump") else value, sort_keys=True)
 
-    def _key(self, stage: str, upstream: str, *sections: str) -> str:
-        model = "" if self._model is None else str(getattr(self._model, "name_or_path", ""))
-        return content_id(stage, upstream, str(self.config.seed), model, *map(self._section, sections))
+    @cached_property
+    def _given_model(self) -> str:
+        """Fingerprint of a model passed as an object (a named one stands in the options)."""
+        return "" if self._model is None else weights_fingerprint(self._model)
 
-    def _stages(self) -> dict[str, str]:
-        path = self.dir / "stages.json"
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise RecordError(f"{path}: unreadable ({error}); delete it to run every stage again") from None
-
-    def _done(self, name: str, key: str) -> bool:
-        return self._stages().get(name) == key
-
-    def _mark(self, name: str, key: str) -> None:
-        write_whole(self.dir / "stages.json", json.dumps(self._stages() | {name: key}, indent=1) + "\n")
-
-    def _log(self, event: str, data: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        with (self.dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **data}, allow_nan=False) + "\n")
-
-
-def count_truncated(sets: Partition, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    """Tokenise every row before a model is loaded; all prompts that leave no room for an answer are one error.
-
-    Args:
-        sets: the partition.
-        tokenizer: the policy's.
-        max_length: tokens of prompt and answer.
-
-    Returns:
-        Answers that are cut off at ``max_length``.
-
-    Raises:
-        DataError: prompts that leave no room for an answer.
-        ModelError: the tokenizer has no chat template.
-    """
-    encoder = Encoder(tokenizer, max_length)
-    rows: list[tuple[Example | Pair, str]] = [(row, row.completion) for row in (*sets.forget, *sets.retain)]
-    for pair in (*sets.finetune, *sets.preference, *sets.evaluation):
-        rows += [(pair, pair.chosen), (pair, pair.rejected)]
-    n_cut, problems = 0, []
-    for row, text in rows:
-        try:
-            n_cut += encoder.encode(row.prompt, text, row.source).n_cut > 0
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(list(dict.fromkeys(problems)))
-    return n_cut
+    def _key(self, stage: str, *sections: str) -> str:
+        """Hash of the options a stage depends on, of the data and of the model."""
+        upstream = (self.partition.fingerprint, str(self.config.seed), self._given_model)
+        return content_id(stage, *upstream, *map(self._section, ("model", "finetune", "data", *sections)))
 
 
 def arms_of(config: RunConfig) -> Sequence[str]:

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import importlib.metadata
 import json
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from u2a.artifacts import save_merged, save_model, write_run_yaml, write_summary
 from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.solve import score
-from u2a.config import DataSection, PartitionSection, RunConfig
+from u2a.config import PartitionSection, RunConfig
 from u2a.console import evaluation_table, reliability_text, samples_text, selection_text
 from u2a.data import Source
+from u2a.encoding import count_truncated
 from u2a.errors import ConfigError, ModelError
-from u2a.model_card import model_card
 from u2a.model_loading import load_model, load_tokenizer
 from u2a.modeling import Policy
 from u2a.partition import build_partition, read_inputs
-from u2a.pipeline import Pipeline, arms_of, count_truncated
-from u2a.progress import Console, peak_rss_bytes
+from u2a.pipeline import Pipeline, arms_of
+from u2a.progress import Console
 from u2a.record import derive_seed, write_whole
 from u2a.report import write_report
 from u2a.run_records import RunRecords
-from u2a.types import EvalTable, Metric
 from u2a.unlearn import InnerProblem
-
-SUMMARY_METRICS = ("preference_accuracy", "preference_margin", "reward", "retain_ppl")
-PACKAGES = ("u2a", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pydantic")
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ def run(config: RunConfig, console: Console | None = None) -> Result:
         Records and the aligned model.
 
     Raises:
-        U2AError: bad input, before any model is loaded; or a number that is not finite.
+        ConfigError: no model is named. Any other :class:`~u2a.errors.U2AError` of a stage passes through.
     """
     if not config.model.name_or_path:
         raise ConfigError("model.name_or_path: not set (a hub id, a directory, or package:NAME)")
@@ -139,7 +130,7 @@ def align(
         Records, the aligned model, and ``report(path)``.
 
     Raises:
-        U2AError: bad input, before any model is loaded; or a number that is not finite.
+        ModelError: a loaded model without a tokenizer. Any other :class:`~u2a.errors.U2AError` passes through.
     """
     config = config or _default_config(forget is not None)
     if retain is None and config.data.retain is None and config.unlearn.retain_term in ("nll", "kl"):
@@ -205,130 +196,6 @@ def finish(pipeline: Pipeline) -> Result:
     return Result(records, pipeline.policy, folder)
 
 
-def write_summary(pipeline: Pipeline, table: EvalTable) -> Path:
-    """Write ``summary.json``: the figures a script wants.
-
-    Args:
-        pipeline: the run.
-        table: its evaluation.
-
-    Returns:
-        The path.
-    """
-    solution = pipeline.solution()
-    weights = solution.weights
-    summary: dict[str, Any] = {
-        name: {arm: _value(metrics.get(name)) for arm, metrics in table.arms.items()} for name in SUMMARY_METRICS
-    }
-    summary |= {
-        "n_candidates": len(pipeline.partition.forget),
-        "n_selected": len(weights),
-        "n_truncated": pipeline.n_truncated,
-        "weights_sum": sum(weights.values()),
-        "fallback": solution.fallback,
-        "split_half_reliability": solution.scores.reliability.split_half,
-        "scorer_error": solution.scores.scorer_error,
-        "seconds": {name: round(value, 2) for name, value in pipeline.console.seconds.items()},
-        "peak_rss_bytes": peak_rss_bytes(),
-        "verdict": table.verdict,
-    }
-    path = pipeline.dir / "summary.json"
-    write_whole(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    return path
-
-
-def _value(metric: Metric | None) -> float | None:
-    return None if metric is None else metric.value
-
-
-def save_model(policy: Policy, records: RunRecords, folder: Path) -> Path:
-    """Save the trained parameters so that plain transformers and peft load them, with a model card.
-
-    Args:
-        policy: the policy.
-        records: what the run wrote, for the card.
-        folder: directory to write.
-
-    Returns:
-        The directory.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    policy.model.save_pretrained(str(folder))  # type: ignore[operator]
-    policy.tokenizer.save_pretrained(str(folder))
-    config = records.config
-    base = str(Path(config.output_dir) / "base") if config.finetune.enabled else config.model.name_or_path
-    write_whole(folder / "README.md", model_card(records, base))
-    return folder
-
-
-def save_merged(policy: Policy, folder: Path) -> Path:
-    """Save a plain transformers model with the adapter merged into its weights; the policy is not changed.
-
-    Args:
-        policy: the policy; its model is copied in memory for the merge.
-        folder: directory to write.
-
-    Returns:
-        The directory.
-    """
-    merged = copy.deepcopy(policy.model).merge_and_unload()  # type: ignore[operator]
-    merged.save_pretrained(str(folder))
-    policy.tokenizer.save_pretrained(str(folder))
-    return folder
-
-
-def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
-    """Write the resolved options with their provenance; ``u2a run run.yaml`` replays the run.
-
-    Args:
-        config: all options.
-        path: where to.
-        fingerprint: of the partition.
-    """
-    tree = config.model_copy(update={"data": _absolute(config.data)}).model_dump(mode="json")
-    tree["provenance"] = {
-        "versions": versions(),
-        "git": _git(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
-        "seed": config.seed,
-        "data_fingerprint": fingerprint,
-    }
-    write_whole(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-
-
-def versions() -> Mapping[str, str]:
-    """Versions of Python and of the packages a result depends on.
-
-    Returns:
-        Version by name.
-    """
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _absolute(data: DataSection) -> DataSection:
-    """Paths that mean the same from the run's directory."""
-    changes = {
-        name: str(Path(value).absolute())
-        for name in ("pairs", "forget", "preferences", "retain", "evaluation", "reward", "finetune")
-        if (value := getattr(data, name)) and ":" not in value
-    }
-    return data.model_copy(update=changes)
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the working copy u2a runs from, or None when it is installed without one."""
-    here = Path(__file__).parent
-
-    def ask(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
     """Run one stage on the records of the earlier ones, and print what it found.
 
@@ -338,8 +205,7 @@ def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
         quiet: print nothing but errors.
 
     Raises:
-        RecordError: a record of an earlier stage is missing.
-        U2AError: as for :func:`run`.
+        ConfigError: no model is named. A missing record is a :class:`~u2a.errors.RecordError`.
     """
     if not config.model.name_or_path:
         raise ConfigError("model.name_or_path: not set (a hub id, a directory, or package:NAME)")
@@ -381,7 +247,7 @@ def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConf
         ``out``.
 
     Raises:
-        U2AError: bad input, before any model is loaded.
+        ConfigError: no usable pair or negative. Any other :class:`~u2a.errors.U2AError` passes through.
     """
     retain_term = config.unlearn.retain_term if files.get("retain") else "none"
     unlearn = config.unlearn.model_copy(update={"retain_term": retain_term})
