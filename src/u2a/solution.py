@@ -125,7 +125,7 @@ class Round(Row):
         fw_gap: Frank-Wolfe gap max_k <grad g, omega - e_k> over the data term, or None in the first round.
         n_selected: support after the round.
         added, dropped: ids.
-        accepted: whether the block was kept.
+        accepted: whether J, measured at the new inner solution, rose above that of every round before.
         split_half: reliability of the round's gains.
         seconds: wall time.
     """

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from tiny import tiny_policy
 from u2a.bilevel.gains import split_preference
 from u2a.bilevel.objective import CustomObjective
-from u2a.bilevel.solve import finite_step, n_to_select, random_weights, score, solve, with_block
-from u2a.bilevel.weight import penalty
+from u2a.bilevel.solve import n_to_select, random_weights, score, solve, with_block
 from u2a.errors import ConfigError, DataError, NonFiniteError
 from u2a.modeling import Policy
 from u2a.record import derive_seed
@@ -45,6 +44,13 @@ def test_weights_are_on_the_simplex_and_the_limit_is_never_exceeded(k: int, roun
     assert sum(len(entry.added) for entry in told) <= k
     assert found.fallback == "none"
     assert all(row.reason == "selected" for row in found.rows if row.weight > 0)
+
+
+def test_the_last_block_takes_only_what_the_limit_leaves(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [0.0, 1.0])
+    found = run(outer(n_selected=3, rounds=2, estimator="mean"))
+    assert [len(entry.added) for entry in found.rounds] == [2, 1]
+    assert len(found.weights) == 3
 
 
 def test_first_block_is_the_top_by_estimate_and_follows_the_gains():
@@ -127,7 +133,6 @@ def test_rising_heldout_j_uses_all_rounds(monkeypatch: pytest.MonkeyPatch):
 
 def test_patience_counts_stale_rounds_in_a_row(monkeypatch: pytest.MonkeyPatch):
     scripted(monkeypatch, [1.0, 0.9, 5.0, 4.0, 6.0])
-    monkeypatch.setattr("u2a.bilevel.solve.finite_step", lambda *rest: -1.0)  # every block is accepted
     found = run(outer(n_selected=5, rounds=5, patience=2, estimator="mean"))
     assert [len(entry.added) for entry in found.rounds] == [1] * 5
     assert len(found.weights) == 5
@@ -223,15 +228,3 @@ def test_with_block_gives_new_members_the_average_weight():
     assert with_block(start, [3]).tolist() == pytest.approx([0.5, 1 / 6, 0.0, 1 / 3])
     assert with_block(torch.zeros(4).double(), [0, 2]).tolist() == [0.5, 0.0, 0.5, 0.0]
     assert with_block(start, []).tolist() == start.tolist()
-
-
-def test_finite_step_is_the_change_of_the_penalised_linear_model():
-    gains = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
-    start, trial = torch.tensor([1.0, 0.0, 0.0]).double(), torch.tensor([0.5, 0.5, 0.0]).double()
-
-    def g(w: Tensor) -> float:
-        return -float(gains @ w) + penalty(w, 0.4, 0.5)
-
-    assert finite_step(start, trial, gains, 0.4, 0.5) == pytest.approx(g(trial) - g(start))
-    assert finite_step(start, trial, gains, 0.0, 0.5) == pytest.approx(-0.5)
-    assert finite_step(start, trial, gains, 5.0, 0.5) > 0  # the penalty outweighs the gain

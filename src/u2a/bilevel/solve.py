@@ -17,7 +17,7 @@ from torch import Tensor
 from u2a.bilevel.gains import Folds, Gains, OuterProblem, compute_gains, split_preference
 from u2a.bilevel.objective import Objective, objective_values
 from u2a.bilevel.select import decide, top_block
-from u2a.bilevel.weight import drop_small, frank_wolfe_gap, penalty, refine
+from u2a.bilevel.weight import drop_small, frank_wolfe_gap, refine
 from u2a.errors import ConfigError
 from u2a.modeling import Policy
 from u2a.progress import Console
@@ -151,6 +151,7 @@ def solve(
         with console.phase(f"inner run, round {index + 1}", steps, "steps") as advance:
             result = inner_solver(inner, _mapping(inner, state.weights), f"round {index}", advance=advance)
         value_pa, value_heldout = monitor.measure()
+        accepted = _judge(state, value_pa if value_heldout is None else value_heldout)
         record = Round(
             index=index,
             objective_pa=value_pa,
@@ -160,14 +161,14 @@ def solve(
             n_selected=int((state.weights > 0).sum()),
             added=added,
             dropped=dropped,
-            accepted=bool(added),
+            accepted=accepted,
             split_half=gains.table.reliability.split_half,
             seconds=time.monotonic() - start,
         )
         state.rounds.append(record)
         if on_round:
             on_round(record)
-        if _stop(state, value_pa if value_heldout is None else value_heldout, outer, bool(added)):
+        if _stop(state, outer, bool(added)):
             break
     return _solution(inner, state, "none" if bool(state.best_weights.any()) else "empty")
 
@@ -212,7 +213,7 @@ def _unit(gains: Gains) -> float:
 def _update(
     state: _State, inner: InnerProblem, outer: OuterProblem, most: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Add a block if a finite step towards it lowers g, refine the weights, drop small ones; returns ids."""
+    """Try a block: add it, refine the weights, drop small ones; returns ids. What J does then decides on it."""
     gains, section = state.last, outer.section
     assert gains is not None
     ids = [row.id for row in inner.forget]
@@ -222,9 +223,6 @@ def _update(
     unit = _unit(gains)
     beta = section.sparsity * unit
     trial = with_block(state.weights, block)
-    occupied = bool(state.weights.any())  # before the first block there is no omega on the simplex to compare with
-    if block and occupied and finite_step(state.weights, trial, gains.estimates, beta, section.sparsity_p) >= 0.0:
-        block, trial = [], state.weights
     if not bool(trial.any()):
         return (), ()
     rate = section.mirror_rate / unit
@@ -253,29 +251,24 @@ def with_block(weights: Tensor, block: list[int]) -> Tensor:
     return trial
 
 
-def finite_step(weights: Tensor, trial: Tensor, gains: Tensor, beta: float, p: float) -> float:
-    """Predicted change of g from omega to the trial weights: linear data term, exact penalty.
+def _judge(state: _State, value: float) -> bool:
+    """Accept the trial weights when J, measured at their inner solution, is the best so far; remember them then.
 
-    Args:
-        weights: (n,) omega on the simplex.
-        trial: (n,) trial weights.
-        gains: (n,) estimates of -dJ-part of the gradient.
-        beta: strength of the penalty.
-        p: its exponent.
+    This is the finite-step change of g, measured instead of predicted: linear gains alone would always prefer the
+    one best candidate, since the weights share a sum of 1.
 
     Returns:
-        Delta g; negative = accept.
+        True when they are accepted.
     """
-    data = -float(((trial - weights) * gains).sum())
-    return data + penalty(trial, beta, p) - penalty(weights, beta, p)
-
-
-def _stop(state: _State, value: float, outer: OuterProblem, added: bool) -> bool:
-    """Remember the best weights; True when held-out J has been stale for too long or no block was accepted."""
     if value > state.best_value:
         state.best_value, state.best_weights, state.stale = value, state.weights, 0
-    else:
-        state.stale += 1
+        return True
+    state.stale += 1
+    return False
+
+
+def _stop(state: _State, outer: OuterProblem, added: bool) -> bool:
+    """True when J has been stale for too long (the best round is returned) or no candidate was left to add."""
     if state.stale >= outer.section.patience:
         state.stopped = "held-out J no longer rises (rolled back to the best round)"
         return True
