@@ -90,7 +90,8 @@ RECORDS: list[Record] = [
 
 
 def test_every_record_class_is_covered() -> None:
-    assert {type(record) for record in RECORDS} == set(Record.__subclasses__())
+    handed_on = {kind for kind in Record.__subclasses__() if kind.__module__ in ("u2a.types", "u2a.solution")}
+    assert {type(record) for record in RECORDS} == handed_on
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)

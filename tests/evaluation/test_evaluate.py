@@ -22,7 +22,7 @@ from u2a.types import Contrast, Metric, Partition
 torch.set_num_threads(1)
 QUIET = Console(quiet=True)
 SECTION = EvaluationSection(generate_prompts=4, max_new_tokens=6, bootstrap=300)
-PARTITION = Partition(evaluation=(*pairs(6), *pairs(2, start=20)), retain=examples(5, start=50))
+PARTITION = Partition(evaluation=(*pairs(6), *pairs(2, start=20)), retain=examples(25, start=50))
 LENGTH = CallableReward("length", lambda prompts, answers: [float(len(answer)) for answer in answers])
 
 
@@ -58,7 +58,7 @@ def test_an_arm_has_every_metric_and_leaves_the_policy_alone(tmp_path) -> None:
     assert arm.metrics["reward"].value == pytest.approx(sum(len(text) for text in arm.answers.values()) / 4)
     words = sum(len(text.split()) for text in arm.answers.values()) / 4
     assert arm.metrics["answer_words"].value == pytest.approx(words)
-    rows = [policy.encoder.encode(row.prompt, row.completion) for row in PARTITION.retain]
+    rows = [policy.encoder.encode(row.prompt, row.completion) for row in PARTITION.retain_parts().evaluation]
     assert arm.metrics["retain_ppl"].value == pytest.approx(policy.perplexity(rows), rel=1e-5)
     assert ArmResult.load(arm.save(tmp_path / "arm.json")) == arm
 

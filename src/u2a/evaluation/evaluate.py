@@ -79,11 +79,13 @@ def evaluate_arm(
         NonFiniteError: log-probabilities of the pairs, logits or rewards are not finite.
     """
     prompts = prompts_answered(partition.evaluation, section.generate_prompts)
-    with progress.phase(f"evaluate {name}", total=len(prompts) + 2, unit="parts") as bar:
+    kept = partition.retain_parts().evaluation
+    total = len(partition.evaluation) + len(kept) + len(prompts)
+    with progress.phase(f"evaluate {name}", total=total, unit="rows") as bar:
         margins = preference_margins(policy, partition.evaluation)
-        bar.advance(note="preference")
-        retained = retain_nll(policy, partition.retain_parts().evaluation)
-        bar.advance(note="perplexity")
+        bar.advance(len(partition.evaluation), "preference")
+        retained = retain_nll(policy, kept)
+        bar.advance(len(kept), "perplexity")
         texts = generate(
             policy,
             [pair.prompt for pair in prompts],
