@@ -112,7 +112,7 @@ def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
         "versions": versions(),
         "git": _git(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads, {platform.system()}",
         "seed": config.seed,
         "data_fingerprint": fingerprint,
     }
@@ -134,6 +134,16 @@ def _absolute(data: DataSection) -> DataSection:
         name: str(Path(value).absolute()) for name in SOURCES if (value := getattr(data, name)) and ":" not in value
     }
     return data.model_copy(update=changes)
+
+
+def _processor() -> str:
+    """Name of the processor, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git() -> dict[str, Any] | None:

@@ -1,0 +1,122 @@
+"""Turn finished runs into one Markdown page: tables, commands, seeds, seconds and machine, all read from the records.
+
+python bench/results_table.py docs/results/saferlhf-smollm2.md "SafeRLHF, SmolLM2-135M" RUN_DIR [RUN_DIR ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from u2a.console import interval, number
+from u2a.run_records import RunRecords, option_rows
+
+METRICS = ("preference_margin", "preference_accuracy", "reward", "retain_ppl", "refusal_rate", "degenerate_rate")
+
+
+def command(records: RunRecords) -> str:
+    """The options that differ from the defaults, as a reader would set them; data files by name only."""
+    lines = []
+    for name, value, _, changed in option_rows(records.config):
+        if changed and name not in ("output_dir",):
+            shown = Path(value).name if name.startswith("data.") and "/" in value else value
+            lines.append(f"{name}={shown}")
+    return "\n".join(lines)
+
+
+def arm_table(records: RunRecords) -> list[str]:
+    """Metrics of every arm with 95 % intervals."""
+    table = records.evaluation
+    assert table is not None
+    arms = list(table.arms)
+    lines = ["| metric | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
+    for name in METRICS:
+        cells = []
+        for arm in arms:
+            metric = table.arms[arm][name]
+            cells.append(f"{number(metric.value)} {interval(metric.low, metric.high)} n={metric.n}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def contrast_table(records: RunRecords) -> list[str]:
+    """Paired differences with 95 % intervals."""
+    table = records.evaluation
+    assert table is not None
+    lines = ["| paired difference | value | 95 % interval | prompts |", "|---|---|---|---|"]
+    for item in table.contrasts:
+        if item.metric in METRICS[:4]:
+            value = number(item.difference, sign=True)
+            bounds = interval(item.low, item.high)
+            lines.append(f"| {item.metric}: {item.first} - {item.second} | {value} | {bounds} | {item.n} |")
+    return lines
+
+
+def section(folder: Path) -> list[str]:
+    """One run."""
+    records = RunRecords.load(folder)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    origin = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["provenance"]
+    result = records.unlearn.get("u2a")
+    assert records.solution is not None
+    found = records.solution.scores.reliability
+    seconds = summary["seconds"]
+    done = (
+        "nothing was unlearned"
+        if result is None
+        else (
+            f"{result.n_samples} of {summary['n_candidates']} candidates, "
+            f"{result.steps_kept} of {result.steps} steps kept, "
+            f"scale {number(result.scale)}, budget {'breached and settled' if result.breached else 'kept'}, "
+            f"guard perplexity {number(result.retain_ppl_start)} to {number(result.retain_ppl_end)}"
+        )
+    )
+    return [
+        f"## {records.config.unlearn.loss}",
+        "",
+        f"**{summary['verdict']}**",
+        "",
+        f"- unlearning: {records.config.unlearn.loss}, {done}",
+        f"- gains: split-half correlation {number(found.split_half)}, gradient cosine {number(found.gradient_cosine)}, "
+        f"mean gain {number(found.mean_gain, sign=True)} +- {number(found.mean_gain_se)}, "
+        f"signal sd / noise sd {number(found.signal_sd)} / {number(found.noise_sd)}, "
+        f"fallback `{records.solution.fallback}`",
+        f"- seed {records.config.seed}; {sum(seconds.values()):.0f} s in all; peak memory "
+        f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB; machine {origin['machine']}, {origin['device']}; "
+        f"torch {origin['versions']['torch']}, transformers {origin['versions']['transformers']}",
+        "",
+        *arm_table(records),
+        "",
+        *contrast_table(records),
+        "",
+        "<details><summary>Options that differ from the defaults, seconds by phase</summary>",
+        "",
+        "```text",
+        command(records),
+        "",
+        *(f"{name}: {value:.1f} s" for name, value in seconds.items()),
+        "```",
+        "",
+        "</details>",
+        "",
+    ]
+
+
+def main() -> None:
+    """Write the page."""
+    target, title, *folders = sys.argv[1:]
+    lines = [f"# {title}", ""]
+    notes = Path(target).with_suffix(".notes.md")
+    if notes.exists():
+        lines += [notes.read_text(encoding="utf-8").rstrip(), ""]
+    for folder in folders:
+        lines += section(Path(folder))
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Path(target).write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
