@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,6 +26,12 @@ def command(records: RunRecords) -> str:
             shown = Path(value).name if name.startswith("data.") and "/" in value else value
             lines.append(f"{name}={shown}")
     return "\n".join(lines)
+
+
+def commit(origin: dict[str, Any]) -> str:
+    """The commit the run was made from."""
+    git = origin.get("git")
+    return f"commit {git['commit'][:10]}{' with local changes' if git['dirty'] else ''}" if git else "from an archive"
 
 
 def arm_table(records: RunRecords) -> list[str]:
@@ -86,7 +93,7 @@ def section(folder: Path) -> list[str]:
         f"fallback `{records.solution.fallback}`",
         f"- seed {records.config.seed}; {sum(seconds.values()):.0f} s in all; peak memory "
         f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB; machine {origin['machine']}, {origin['device']}; "
-        f"torch {origin['versions']['torch']}, transformers {origin['versions']['transformers']}",
+        f"torch {origin['versions']['torch']}, transformers {origin['versions']['transformers']}; {commit(origin)}",
         "",
         *arm_table(records),
         "",

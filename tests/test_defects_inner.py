@@ -292,7 +292,7 @@ def test_defect_22_step_limits_and_checkpoint_intervals_have_no_effect(tmp_path:
     section = UnlearnSection(retain_term="none", max_steps=5, save_steps=2, batch_size=3)
     inner = InnerProblem(ROWS, section=section)
     assert unlearn(tiny_policy(), inner, inner.uniform(), output_dir=tmp_path).steps == 5
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+    assert {path.name for path in tmp_path.glob("*/checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
 
 
 def test_defect_23_no_clipping(tmp_path: Path) -> None:

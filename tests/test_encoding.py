@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tiny import END, START, ask, examples, tiny_tokenizer
 from u2a.encoding import Encoded, Encoder, collate, token_batches
@@ -90,6 +94,44 @@ def test_no_beginning_of_sequence_token_is_added_to_the_templates_own() -> None:
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     ids = Encoder(tokenizer, 512).encode(ask("Tea?"), "No").input_ids
     assert list(ids).count(256) == 3  # bos, user turn, assistant turn
+
+
+def test_no_space_is_put_before_the_answer_by_a_tokenizer_of_words() -> None:
+    """A SentencePiece-like tokenizer starts each text with a space; behind the prompt there is none."""
+    letters = sorted(set(f"\u2581\n{START}user{END}assistantTea?No thanks"))
+    core = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first")
+    core.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END)
+    tokenizer.chat_template = tiny_tokenizer().chat_template
+    alone = tokenizer("No thanks", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(alone[:2]) == ["\u2581", "N"]
+    coder = Encoder(tokenizer, 512)
+    encoded = coder.encode(ask("Tea?"), "No thanks")
+    assert tokenizer.convert_ids_to_tokens(list(encoded.answer_ids)) == [*"No\u2581thanks", END]
+    whole = tokenizer(coder.prompt_text(ask("Tea?")) + f"No thanks{END}", add_special_tokens=False)["input_ids"]
+    assert list(encoded.input_ids) == whole
+
+
+def test_a_token_over_the_border_is_not_taken() -> None:
+    """Where prompt and answer merge into one token the prompt keeps its own tokens."""
+    tokenizer = tiny_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["\u010aN"] = 500  # newline and N
+    state["model"]["merges"] = [["\u010a", "N"]]
+    merged = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=END)
+    merged.chat_template = tokenizer.chat_template
+    assert 500 in merged("\nNo", add_special_tokens=False)["input_ids"]
+    encoded = Encoder(merged, 512).encode(ask("Tea?"), "No")
+    assert merged.convert_ids_to_tokens(list(encoded.answer_ids)) == ["N", "o", END]
+    assert merged.convert_ids_to_tokens(list(encoded.input_ids[:-3]))[-2:] == ["t", "\u010a"]
+
+
+@given(ANSWERS)
+def test_byte_level_answers_are_the_tokens_of_the_answer_alone(text: str) -> None:
+    coder = encoder()
+    alone = coder.tokenizer(f"{text}{END}", add_special_tokens=False)["input_ids"]
+    assert list(coder.encode(ask("Tea?"), text).answer_ids) == alone
 
 
 def test_truncation_is_counted_and_the_end_token_is_then_absent() -> None:

@@ -10,7 +10,7 @@ from inner_oracle import encode_all
 from tiny import examples, pairs, tiny_policy
 from u2a.config import FinetuneSection
 from u2a.encoding import collate
-from u2a.errors import ConfigError
+from u2a.errors import ConfigError, NonFiniteError
 from u2a.finetune import finetune, mixture, n_steps
 from u2a.modeling import answer_log_probs
 from u2a.progress import Quiet
@@ -82,3 +82,10 @@ def test_fine_tuning_teaches_the_answers_and_returns_a_plain_model(adapter: bool
         after = answer_log_probs(merged, collate(items, 257)).sum
     assert (after > before + 5).all()
     assert not merged.training
+
+
+def test_a_non_finite_loss_names_the_phase() -> None:
+    policy = tiny_policy()
+    policy.model.get_output_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="in phase misaligned start, step 0, sample"):
+        finetune(policy, examples(2), FinetuneSection(batch_size=2), 0, Quiet())

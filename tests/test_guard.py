@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainerControl, TrainerState
 
 from inner_oracle import alone, encode_all, flat, quiet
 from tiny import examples, tiny_policy
@@ -174,3 +175,62 @@ def test_the_trainer_guards_by_itself_with_a_retain_set(tmp_path: Path) -> None:
     free = run(guard=False)
     assert free.guard_result is None
     assert free.policy.perplexity(items) > guarded.guard_result.ppl_budget
+
+
+def with_b(value: float) -> tuple[CollapseGuard, dict[str, torch.Tensor]]:
+    """A guard whose perplexity is a made-up function of the change, and a direction of the adapter."""
+    policy = tiny_policy()
+    direction = {name: torch.full_like(v, value) if ".lora_B." in name else v for name, v in policy.theta0.items()}
+    guard = CollapseGuard(policy, encode_all(policy, RETAIN), GuardSection())
+    policy.perplexity = lambda rows: guard.ppl_start * (1.0 + (not state_is_fine(policy)))  # type: ignore
+    return guard, direction
+
+
+def state_is_fine(policy) -> bool:
+    """Within the budget: B not positive (any size), or positive up to 0.01."""
+    return max(float(v.max()) for name, v in policy.trainable().items() if ".lora_B." in name) <= 0.01
+
+
+@pytest.mark.parametrize(("kept_b", "wins"), [(-0.02, True), (-0.005, False)], ids=["kept", "scaled"])
+def test_of_the_kept_and_the_scaled_state_the_larger_change_stays(kept_b: float, wins: bool) -> None:
+    """The final change is 0.016 and breaks above 0.01; scaled down it is 0.00975."""
+    guard, kept = with_b(kept_b)
+    policy = guard.policy
+    policy.restore(kept)
+    assert guard.measure(4)
+    size = float(policy.change_sq())
+    policy.restore(with_b(0.016)[1])
+    whole = float(policy.change_sq())
+    assert not guard.measure(5)
+    result = guard.settle(5)
+    assert result.breached
+    assert result.ppl_end <= result.ppl_budget
+    assert (result.steps_kept, result.scale) == ((4, 1.0) if wins else (5, 0.609375))
+    assert float(policy.change_sq()) == pytest.approx(size if wins else whole * 0.609375**2, rel=1e-5)
+    assert float(policy.change_sq()) >= min(size, whole * 0.609375**2)
+
+
+def test_a_fresh_run_forgets_the_last_one_and_a_resumed_run_does_not(tmp_path: Path) -> None:
+    guard, direction = with_b(0.016)
+    guard.policy.restore(direction)
+    guard.measure(3)
+    assert (guard.breached, list(guard.measured)) == (True, [3])
+    state = TrainerState(global_step=3)
+    guard.on_train_begin(quiet(tmp_path), state, TrainerControl())
+    assert (guard.breached, list(guard.measured)) == (True, [3])
+    state.global_step = 0
+    guard.on_train_begin(quiet(tmp_path), state, TrainerControl())
+    assert (guard.breached, guard.measured) == (False, {})
+
+
+def test_a_second_training_is_judged_by_itself(tmp_path: Path) -> None:
+    args = quiet(tmp_path, loss="ga", learning_rate=3e-2, max_steps=8, guard_steps=1)
+    trainer = UnlearnTrainer(tiny_policy(), None, args, list(examples(4)), RETAIN)
+    trainer.train()
+    assert trainer.guard_result is not None
+    assert trainer.guard_result.breached
+    trainer.policy.reset()
+    args.learning_rate, args.max_steps = 1e-7, 2
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    assert (trainer.guard_result.breached, trainer.guard_result.steps_kept) == (False, 2)

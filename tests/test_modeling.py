@@ -15,9 +15,9 @@ from inner_oracle import alone, encode_all, flat
 from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
 from u2a.config import AdapterConfig, ModelSection
 from u2a.encoding import Encoded, collate
-from u2a.errors import ModelError, NonFiniteError
-from u2a.model_loading import load_model, load_tokenizer, pick_device
-from u2a.modeling import Policy, answer_log_probs
+from u2a.errors import ConfigError, ModelError, NonFiniteError
+from u2a.model_loading import check_adapter_layers, load_model, load_tokenizer, pick_device
+from u2a.modeling import Policy, answer_log_probs, weights_fingerprint
 
 TOLERANCE = 2e-5  # nats per token, float32
 ADAPTER = AdapterConfig(r=4, alpha=8.0)
@@ -210,8 +210,10 @@ def test_training_mode_is_the_same_function() -> None:
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
     policy = Policy(model, tiny_tokenizer(), lora)
+    for name, value in policy.trainable().items():
+        value.data.fill_(0.05 if ".lora_B." in name else 0.1)
     with torch.no_grad():
         calm = policy.log_probs(ITEMS).token
         policy.model.train()
@@ -222,8 +224,81 @@ def test_models_that_cannot_be_used_are_refused() -> None:
     carrying = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ModelError, match="carries an adapter already"):
         Policy(carrying, tiny_tokenizer(), ADAPTER)
-    with pytest.raises((ModelError, ValueError), match="(?i)target modules|trainable"):
+    with pytest.raises(ModelError, match="model.adapter: Target modules .*no_such_layer"):
         Policy(tiny_model(), tiny_tokenizer(), AdapterConfig(target_modules=["no_such_layer"]))
+
+
+def test_a_model_that_peft_has_changed_in_place_is_refused() -> None:
+    """The second policy around the same model object would stack its adapter on the first one's."""
+    model = tiny_model()
+    Policy(model, tiny_tokenizer(), ADAPTER)
+    with pytest.raises(ModelError, match="carries an adapter already .load the model anew"):
+        Policy(model, tiny_tokenizer(), ADAPTER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"init_lora_weights": False}, "changes the model from the start"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.* would be trained beside"),
+        ({"bias": "all", "use_dora": True}, "magnitude.* would be trained beside"),
+    ],
+    ids=["start", "modules_to_save", "dora"],
+)
+def test_adapters_whose_reference_is_not_the_model_are_refused(settings: dict, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        Policy(tiny_model(), tiny_tokenizer(), LoraConfig(r=2, target_modules=["q_proj"], **settings))
+
+
+@pytest.mark.parametrize("rate", ["dropout", "residual_dropout", "activation_dropout", "input_jitter_noise"])
+def test_rates_that_are_plain_numbers_are_set_to_zero(rate: str) -> None:
+    model = tiny_model()
+    setattr(model.model.layers[0].mlp, rate, 0.3)
+    Policy(model, tiny_tokenizer(), ADAPTER)
+    assert getattr(model.model.layers[0].mlp, rate) == 0.0
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
+def test_sums_and_reference_are_computed_in_evaluation_mode(adapter: bool) -> None:
+    policy = tiny_policy(adapter=adapter)
+    seen: list[bool] = []
+    policy.model.get_input_embeddings().register_forward_hook(lambda module, *_: seen.append(module.training))
+    policy.model.train()
+    policy.model.get_output_embeddings().eval()
+    modes = [module.training for module in policy.model.modules()]
+    policy.answer_sums(ITEMS)
+    with policy.reference() as start:
+        assert not any(module.training for module in start.modules())
+        policy.log_probs(ITEMS[:1])
+    assert seen
+    assert not any(seen)
+    assert [module.training for module in policy.model.modules()] == modes
+    assert True in modes
+    assert False in modes
+
+
+def test_a_model_wrapped_for_data_parallelism_is_looked_into() -> None:
+    """Logits are asked for at answer positions only, also through the wrapper."""
+    policy, widths = tiny_policy(), []
+    policy.model.get_output_embeddings().register_forward_hook(lambda *parts: widths.append(parts[2].shape[1]))
+    batch = policy.collate(ITEMS[:1])
+    answer_log_probs(torch.nn.DataParallel(policy.model), batch)
+    assert widths == [batch.targets.shape[1] + 1]
+
+
+def test_the_fingerprint_needs_no_float64_on_the_models_device() -> None:
+    """Some devices have no float64: the conversion comes after the copy to the CPU."""
+    calls: list[str] = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in (torch.Tensor.cpu, torch.Tensor.double):
+                calls.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        weights_fingerprint(torch.nn.Linear(2, 2))
+    assert calls == ["cpu", "double"] * 2
 
 
 # --- loading ----------------------------------------------------------------------------------------
@@ -245,6 +320,24 @@ def test_missing_models_and_devices_are_clear_errors(tmp_path) -> None:
     with pytest.raises(ModelError, match="model.device: 'cuda:77' is not available"):
         pick_device("cuda:77")
     assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_adapter_layers_that_the_model_lacks_are_refused_before_its_weights_are_read(tmp_path) -> None:
+    (save_tiny(tmp_path) / "model.safetensors").unlink()
+
+    def section(**adapter) -> ModelSection:
+        return ModelSection(name_or_path=str(tmp_path), adapter=AdapterConfig(**adapter))
+
+    for fine in ({}, {"layers": [0, 1]}, {"layers": [99], "enabled": False}):
+        check_adapter_layers(section(**fine))
+    with pytest.raises(ConfigError) as caught:
+        check_adapter_layers(section(layers=[1, 99, 2]))
+    assert caught.value.problems == [
+        "model.adapter.layers: 99 is not a layer of the model (0 to 1)",
+        "model.adapter.layers: 2 is not a layer of the model (0 to 1)",
+    ]
+    with pytest.raises(ModelError, match="model.name_or_path: cannot load"):
+        check_adapter_layers(ModelSection(name_or_path=str(tmp_path / "no"), adapter=AdapterConfig(layers=[0])))
 
 
 def test_pickled_weights_are_never_read(tmp_path) -> None:

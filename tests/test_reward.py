@@ -38,6 +38,7 @@ from u2a.reward import (
     train_embedding_reward,
     train_implicit_reward,
 )
+from u2a.reward.analysis import split_reward_pairs
 from u2a.reward.embedding import L2_GRID, fit_bradley_terry, fit_head
 from u2a.types import Message, Pair
 
@@ -354,3 +355,13 @@ def test_build_loads_models_from_a_folder(kind: str, tmp_path) -> None:
     assert model.score(PROMPTS, ANSWERS).shape == (3,)
     with pytest.raises(ModelError, match="cannot load reward model"):
         build_reward_model(RewardSection(model=kind, name_or_path=str(tmp_path / "no")), [], None, 0, QUIET)
+
+
+@given(order=st.permutations(range(9)))
+def test_reward_pairs_are_split_by_prompt_whatever_their_order(order: list[int]) -> None:
+    rows = [*pairs(6), *(pair.model_copy(update={"id": f"{pair.id}x", "rejected": "worse"}) for pair in pairs(3))]
+    first, second = split_reward_pairs([rows[index] for index in order])
+    assert (first, second) == split_reward_pairs(rows)
+    assert sorted(pair.id for pair in first + second) == sorted(pair.id for pair in rows)
+    assert not {pair.prompt for pair in first} & {pair.prompt for pair in second}
+    assert len({pair.prompt for pair in first}) == len({pair.prompt for pair in second}) == 3

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from torch.utils.data import BatchSampler
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from inner_oracle import GradientTape, dense_losses, encode_all, flat, gradient, quiet, relative
 from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
+from u2a.callbacks import FiniteGradients
 from u2a.encoding import Encoded, collate
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
 from u2a.losses import kl_from_reference
@@ -287,6 +291,61 @@ def test_six_steps_equal_three_a_checkpoint_and_three_more(tmp_path: Path, adapt
     assert not torch.equal(flat(half.policy.snapshot()), flat(whole.policy.snapshot()))
 
 
+def test_a_distributed_run_resumed_within_an_epoch_sees_the_rows_it_would_have_seen(tmp_path: Path) -> None:
+    """The sampler lies below accelerate's shard and its skipping wrapper, as in one process of several."""
+
+    class Sharded(UnlearnTrainer):
+        def get_train_dataloader(self):
+            self.seen = []
+            batches = BatchSamplerShard(BatchSampler(self._get_train_sampler(), 2, drop_last=False), 1, 0)
+            return DataLoaderShard(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+
+        def compute_loss(self, model, inputs, *rest, **named):
+            self.seen.append(inputs["index"].tolist())
+            return super().compute_loss(model, inputs, *rest, **named)
+
+    rows = weighted((0.1, 0.2, 0.3, 0.15, 0.25))  # 3 steps per epoch
+    settings = {"per_device_train_batch_size": 2, "max_steps": 9, "save_strategy": "steps", "save_steps": 4}
+    whole = Sharded(tiny_policy(), None, quiet(tmp_path, **settings), rows)
+    whole.train()
+    rest = Sharded(tiny_policy(), None, quiet(tmp_path, **settings), rows)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(whole.seen) == 9
+    assert rest.seen == whole.seen[4:]
+
+
+# --- devices ----------------------------------------------------------------------------------------
+
+
+def test_several_visible_devices_do_not_mean_data_parallelism(tmp_path: Path) -> None:
+    args = quiet(tmp_path, max_steps=2)
+    assert args.device.type == "cpu"
+    args._n_gpu = 3
+    trainer = UnlearnTrainer(tiny_policy(), None, args, weighted())
+    assert (args.n_gpu, args.train_batch_size) == (1, 4)
+    trainer.train()
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+
+
+def test_models_are_on_the_device_before_reference_sums_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, policy, reference = [], tiny_policy(), tiny_model()
+    move, sums = torch.nn.Module.to, policy.reference_sums
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a, **k: events.append((self, *a)) or move(self, *a, **k))
+    monkeypatch.setattr(policy, "reference_sums", lambda rows: events.append("sums") or sums(rows))
+    UnlearnTrainer(policy, None, quiet(tmp_path), weighted())
+    device = torch.device("cpu")
+    assert events[:2] == [(policy.model, device), "sums"]
+    events.clear()
+    UnlearnTrainer(tiny_policy(), reference, quiet(tmp_path, loss="ga", retain_term="kl"), weighted(), RETAIN)
+    assert (reference, device) in events
+    events.clear()
+    reference.is_quantized = True  # quantised weights stay where they were loaded
+    UnlearnTrainer(tiny_policy(), reference, quiet(tmp_path, loss="ga", retain_term="kl"), weighted(), RETAIN)
+    assert (reference, device) not in events
+
+
 # --- nothing non-finite is applied ------------------------------------------------------------------
 
 
@@ -323,8 +382,10 @@ def test_a_non_finite_gradient_stops_before_the_update(tmp_path: Path) -> None:
 
     args = quiet(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2, max_grad_norm=1.0)
     trainer = UnlearnTrainer(policy, None, args, weighted(), callbacks=[Spoil()])
-    with pytest.raises(NonFiniteError, match="non-finite gradient in phase unlearn, step 1"):
+    trainer.phase = "rehearsal"
+    with pytest.raises(NonFiniteError, match="non-finite gradient in phase rehearsal, step 1, sample") as caught:
         trainer.train()
+    assert sorted(caught.value.ids) == sorted(row.id for row in weighted())  # two micro-batches of two
     one_step = trained(
         tmp_path,
         weighted(),
@@ -334,6 +395,15 @@ def test_a_non_finite_gradient_stops_before_the_update(tmp_path: Path) -> None:
         max_grad_norm=1.0,
     )
     assert torch.equal(flat(policy.snapshot()), flat(one_step.policy.snapshot()))
+
+
+def test_infinite_gradients_are_left_to_the_scaler_of_float16() -> None:
+    model = torch.nn.Linear(1, 1)
+    model.weight.grad = torch.full((1, 1), float("inf"))
+    check = FiniteGradients(lambda: ("unlearn", ["a"]))
+    check.on_pre_optimizer_step(SimpleNamespace(fp16=True), SimpleNamespace(global_step=0), None, model=model)
+    with pytest.raises(NonFiniteError, match="gradient in phase unlearn, step 0, sample a"):
+        check.on_pre_optimizer_step(SimpleNamespace(fp16=False), SimpleNamespace(global_step=0), None, model=model)
 
 
 def test_a_non_finite_retain_term_is_named(tmp_path: Path) -> None:

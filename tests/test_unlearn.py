@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,13 +183,32 @@ def test_an_interrupted_run_is_resumed_and_ends_the_same(tmp_path: Path) -> None
 
     with pytest.raises(KeyboardInterrupt):
         unlearn(tiny_policy(), inner, inner.uniform(), output_dir=tmp_path / "cut", advance=Fails())
-    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-3"]
+    (folder,) = (tmp_path / "cut").iterdir()
+    assert re.fullmatch("[0-9a-f]{16}", folder.name)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
     policy = tiny_policy()
     counted = Fails()
     result = unlearn(policy, inner, inner.uniform(), output_dir=tmp_path / "cut", advance=counted)
     assert counted.steps == 3
     assert result.steps == 6
     assert torch.equal(flat(policy.snapshot()), flat(whole.snapshot()))
+
+
+@pytest.mark.parametrize("what", ["weights", "rate", "retain", "seed"])
+def test_a_checkpoint_of_another_problem_is_not_resumed(tmp_path: Path, what: str) -> None:
+    inner = problem(save_steps=1)
+    unlearn(tiny_policy(), inner, inner.uniform(), output_dir=tmp_path)
+    weights = inner.uniform() | ({IDS[0]: 0.9} if what == "weights" else {})
+    other = {
+        "weights": inner,
+        "rate": problem(save_steps=1, learning_rate=2e-3),
+        "retain": replace(inner, retain=RETAIN[:2]),
+        "seed": replace(inner, seed=6),
+    }[what]
+    policy = tiny_policy()
+    assert len(unlearn(policy, other, weights, output_dir=tmp_path).history) == 3
+    assert torch.equal(flat(policy.snapshot()), theta(weights, other))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_without_output_dir_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +245,7 @@ def test_a_non_finite_loss_names_the_candidate() -> None:
     spoilt = Example(id="spoilt", prompt=pairs(1)[0].prompt, completion="§")
     policy.model.get_input_embeddings().weight.data[token] = float("nan")
     inner = InnerProblem((*FORGET, spoilt), section=UnlearnSection(loss="ga", retain_term="none", batch_size=6))
-    with pytest.raises(NonFiniteError, match="non-finite loss in phase unlearn, step 0, sample spoilt:"):
-        unlearn(policy, inner, inner.uniform())
+    with pytest.raises(NonFiniteError, match="non-finite loss in phase warm-up, step 0, sample spoilt:"):
+        unlearn(policy, inner, inner.uniform(), arm="warm-up")
     assert torch.equal(flat(policy.snapshot()), flat(policy.theta0))
     assert relative(flat(policy.snapshot()), flat(policy.theta0)) == 0.0

@@ -18,7 +18,6 @@ from u2a.config import SOURCES, DataSection, RunConfig
 from u2a.model_card import model_card
 from u2a.modeling import Policy
 from u2a.pipeline import Pipeline
-from u2a.progress import peak_rss_bytes
 from u2a.record import write_whole
 from u2a.run_records import RunRecords
 from u2a.types import EvalTable, Metric
@@ -50,8 +49,8 @@ def write_summary(pipeline: Pipeline, table: EvalTable) -> Path:
         "fallback": solution.fallback,
         "split_half_reliability": solution.scores.reliability.split_half,
         "scorer_error": solution.scores.scorer_error,
-        "seconds": {name: round(value, 2) for name, value in pipeline.console.seconds.items()},
-        "peak_rss_bytes": peak_rss_bytes(),
+        "seconds": pipeline.store.seconds(),
+        "peak_rss_bytes": pipeline.store.peak_rss_bytes(),
         "verdict": table.verdict,
     }
     path = pipeline.dir / "summary.json"

@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except U2AError as error:
         print(f"u2a {options.command}: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        print(f"u2a {options.command}: {error} (is the path right, and writable?)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"u2a {options.command}: interrupted; completed stages are kept, run it again to go on", file=sys.stderr)
         return 130
@@ -110,9 +113,11 @@ def _run_all(config: RunConfig, quiet: bool) -> None:
 
 def _hush_libraries() -> None:
     """Keep the loading bars and internal deprecation notes of transformers off the user's terminal."""
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
@@ -127,25 +132,18 @@ def _demo(options: argparse.Namespace) -> None:
 def _config(options: argparse.Namespace) -> None:
     from u2a.config_file import load_config, print_options
 
-    if options.show and options.config is None and not options.overrides and options.preset is None:
-        print(print_options(), end="")
-        return
     config = load_config(options.config, options.overrides, options.preset)
     if options.show:
-        import yaml
-
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        print(print_options(config), end="")
     else:
         print("the configuration is valid")
 
 
 def _partition(options: argparse.Namespace) -> None:
     config = _loaded(options)
-    from u2a.pipeline import Pipeline
-    from u2a.progress import Console
+    from u2a.run import run_stage
 
-    pipeline = Pipeline(config, Console(quiet=options.quiet), only="partition")
-    pipeline.partition  # noqa: B018 - computed, checked and saved on access
+    run_stage(config, "partition", options.quiet)
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -166,7 +164,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    given = [name for name in ("model", "forget", "prefs", "out") if getattr(options, name)]
+    given = [name for name in ("model", "forget", "prefs", "retain", "out") if getattr(options, name)]
     if options.config is not None:
         if given:
             raise ConfigError(f"score: give a configuration file or --{given[0]} ..., not both")

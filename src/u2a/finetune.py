@@ -8,12 +8,13 @@ import tempfile
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback
 
+from u2a.callbacks import StepReporter
 from u2a.config import FinetuneSection
 from u2a.errors import ConfigError
 from u2a.modeling import Policy
 from u2a.progress import Advance
 from u2a.record import content_id
-from u2a.trainer import StepReporter, UnlearnConfig, UnlearnTrainer
+from u2a.trainer import UnlearnConfig, UnlearnTrainer
 from u2a.types import Example, Pair, Partition
 
 
@@ -113,6 +114,7 @@ def finetune(
             dataloader_pin_memory=policy.device.type != "cpu",
         )
         trainer = UnlearnTrainer(model=policy, args=args, train_dataset=rows, callbacks=[StepReporter(advance)])
+        trainer.phase = "misaligned start"
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model = policy.model

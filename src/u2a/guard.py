@@ -73,6 +73,13 @@ class CollapseGuard(TrainerCallback):
         self.breached = True
         return False
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Forget an earlier run, unless this one resumes it."""
+        if state.global_step == 0:
+            self.measured, self.breached, self._kept = {}, False, (0, self.policy.theta0)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
@@ -82,7 +89,10 @@ class CollapseGuard(TrainerCallback):
             control.should_training_stop = True
 
     def settle(self, steps: int) -> GuardResult:
-        """After the run: measure the end, and scale down or roll back a breach.
+        """After the run: measure the end; of a breach keep as large a change as the budget allows.
+
+        That is the final change scaled down, or the last state seen within the budget, whichever changes the
+        effective weights more.
 
         Args:
             steps: optimiser steps taken.
@@ -92,17 +102,23 @@ class CollapseGuard(TrainerCallback):
         """
         if steps not in self.measured:
             self.measure(steps)
-        scale, kept = 1.0, steps
-        if self.breached:
-            scale = largest_scale(self._breaks_at, self.section.line_search)
-            if scale > 0.0:
-                self.policy.scale_change(scale)
-            else:
-                kept, snapshot = self._kept
-                self.policy.restore(snapshot)
-                scale = 1.0
-        end = self.measured[steps] if not self.breached else self.policy.perplexity(self.rows)
-        return GuardResult(self.breached, self.ppl_start, end, self.ppl_budget, kept, scale)
+        if self.measured[steps] <= self.ppl_budget:
+            return GuardResult(self.breached, self.ppl_start, self.measured[steps], self.ppl_budget, steps, 1.0)
+        scale = largest_scale(self._breaks_at, self.section.line_search)
+        kept, scale = self._keep_larger(steps, scale)
+        return GuardResult(True, self.ppl_start, self.policy.perplexity(self.rows), self.ppl_budget, kept, scale)
+
+    def _keep_larger(self, steps: int, scale: float) -> tuple[int, float]:
+        """Leave the policy in the final state scaled by ``scale`` or in the kept one: (steps, scale) of that state."""
+        final = self.policy.snapshot()
+        scaled = scale**2 * float(self.policy.change_sq().detach()) if scale > 0.0 else 0.0
+        kept, snapshot = self._kept
+        self.policy.restore(snapshot)
+        if scaled <= float(self.policy.change_sq().detach()) or math.isnan(scaled):
+            return kept, 1.0
+        self.policy.restore(final)
+        self.policy.scale_change(scale)
+        return steps, scale
 
     def _breaks_at(self, scale: float) -> bool:
         """Whether the scaled change exceeds the budget (a non-finite perplexity does)."""

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from u2a.config import ModelSection
-from u2a.errors import ModelError
+from u2a.errors import ConfigError, ModelError
 from u2a.packaged import resolve_model
 
 
@@ -67,6 +67,33 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     if quantization is None:
         nn.Module.to(model, pick_device(section.device))
     return model.eval()
+
+
+def check_adapter_layers(section: ModelSection) -> None:
+    """Refuse ``adapter.layers`` that the model does not have; reads the model's configuration, not its weights.
+
+    Args:
+        section: the model options.
+
+    Raises:
+        ConfigError: a layer is out of range.
+        ModelError: the model's configuration cannot be loaded.
+    """
+    if not section.adapter.enabled or section.adapter.layers is None:
+        return
+    path = resolve_model(section.name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name_or_path: cannot load {section.name_or_path!r} ({_first_line(error)})") from None
+    n_layers = config.get_text_config().num_hidden_layers
+    problems = [
+        f"model.adapter.layers: {layer} is not a layer of the model (0 to {n_layers - 1})"
+        for layer in section.adapter.layers
+        if not 0 <= layer < n_layers
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from u2a.adapter import add_adapter, refuse_adapter, remove_chance
 from u2a.config import AdapterConfig
 from u2a.encoding import Batch, Encoded, Encoder, collate, token_batches
 from u2a.errors import ModelError, NonFiniteError
@@ -82,7 +83,8 @@ def answer_log_probs(model: nn.Module, batch: Batch, parameters: Params | None =
 
 def _accepts(model: nn.Module, name: str) -> bool:
     """Whether the innermost causal model's forward has a parameter of that name."""
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    inner = model.module if isinstance(model, wrappers) else model
     inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     return name in inspect.signature(inner.forward).parameters
 
@@ -102,7 +104,8 @@ class Policy:
         seed: seed of the adapter's initial weights.
 
     Raises:
-        ModelError: the model carries an adapter already, nothing is trainable, or what is has 16 bits.
+        ModelError: the model carries an adapter already, the adapter cannot be made, changes the model from the start
+            or holds more than LoRA matrices, nothing is trainable, or what is has 16 bits.
     """
 
     def __init__(
@@ -114,24 +117,13 @@ class Policy:
         token_budget: int = 1024,
         seed: int = 0,
     ) -> None:
-        if isinstance(model, PeftModel):
-            raise ModelError("the model carries an adapter already (call model.merge_and_unload() first)")
+        refuse_adapter(model)
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, max_length, end_ids(model))
         self.token_budget = token_budget
         self.has_adapter = isinstance(adapter, LoraConfig) or adapter.enabled
-        if self.has_adapter:
-            config = adapter if isinstance(adapter, LoraConfig) else lora_config(adapter, model)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self.model: nn.Module = get_peft_model(model, config)
-        else:
-            self.model = model.requires_grad_(True)
-        for module in self.model.modules():  # every pass must see the same function
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            elif isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0  # type: ignore[assignment]  # attention kernels take the number
+        self.model: nn.Module = add_adapter(model, adapter, seed) if self.has_adapter else model.requires_grad_(True)
+        remove_chance(self.model)
         self.model.eval()
         self._names = tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
         if not self._names:
@@ -139,6 +131,8 @@ class Policy:
         if any(value.dtype in (torch.float16, torch.bfloat16) for value in self.trainable().values()):
             raise ModelError("the trainable weights are 16-bit, small updates round away (load the model as float32)")
         self._theta0 = self.snapshot()
+        if self.has_adapter and float(self.change_sq().detach()) != 0.0:
+            raise ModelError("model.adapter: it changes the model from the start (leave init_lora_weights at True)")
         self._reference_sums: dict[str, float] = {}
 
     @property
@@ -176,15 +170,16 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """Give the model at theta_0 for the duration of a ``with`` block."""
+        """Give the model at theta_0, in evaluation mode, for the duration of a ``with`` block."""
         if isinstance(self.model, PeftModel):
-            with self.model.disable_adapter():
+            with evaluation_mode(self.model), self.model.disable_adapter():
                 yield self.model
             return
         now = self.snapshot()
         self.reset()
         try:
-            yield self.model
+            with evaluation_mode(self.model):
+                yield self.model
         finally:
             self.restore(now)
 
@@ -212,7 +207,7 @@ class Policy:
 
     @torch.no_grad()
     def answer_sums(self, encoded: Sequence[Encoded]) -> Tensor:
-        """Summed answer log-probabilities at the current theta, batched by length.
+        """Summed answer log-probabilities at the current theta, in evaluation mode, batched by length.
 
         Args:
             encoded: any number of sequences.
@@ -221,8 +216,9 @@ class Policy:
             (n,) float32 on the CPU, in the order given.
         """
         out = torch.zeros(len(encoded))
-        for batch in token_batches(encoded, self.token_budget):
-            out[batch] = self.log_probs([encoded[index] for index in batch]).sum.float().cpu()
+        with evaluation_mode(self.model):
+            for batch in token_batches(encoded, self.token_budget):
+                out[batch] = self.log_probs([encoded[index] for index in batch]).sum.float().cpu()
         return out
 
     def reference_sums(self, encoded: Sequence[Encoded]) -> Tensor:
@@ -302,6 +298,22 @@ class Policy:
         return torch.stack([(value - start).float().square().sum() for value, start in pairs]).sum()
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for the duration of a ``with`` block.
+
+    Args:
+        model: any module; every submodule returns to the mode it had.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def lora_change_sq(model: nn.Module) -> Tensor:
     """Sum over adapted modules of ||scaling * B A||_F^2.
 
@@ -322,7 +334,7 @@ def lora_change_sq(model: nn.Module) -> Tensor:
                 up = cast(Tensor, module.lora_B[name].weight).float()
                 terms.append(module.scaling[name] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
     if not terms:
-        raise ModelError("the proximal term needs linear LoRA layers, none was found")
+        raise ModelError("model.adapter: it has no LoRA layer on a linear module (see model.adapter.target_modules)")
     return torch.stack(terms).sum()
 
 
@@ -339,7 +351,7 @@ def weights_fingerprint(model: nn.Module, per_tensor: int = 256) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in model.state_dict().items():
         flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // per_tensor)].double().cpu()
+        sample = flat[:: max(1, flat.numel() // per_tensor)].cpu().double()  # mps has no float64
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
@@ -356,27 +368,3 @@ def end_ids(model: nn.Module) -> list[int]:
     """
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
-
-
-def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
-    """Turn the adapter options into peft's configuration.
-
-    Args:
-        adapter: options.
-        model: the model, whose linear modules are looked up where ``all-linear`` is limited to some layers.
-
-    Returns:
-        A LoRA configuration without dropout (every run must see the same function).
-    """
-    targets = adapter.target_modules
-    if adapter.layers is not None and targets == "all-linear":
-        names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        targets = sorted({name.rsplit(".", 1)[-1] for name in names if ".layers." in f".{name}"})
-    return LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft takes floats
-        lora_dropout=0.0,
-        target_modules=targets,
-        layers_to_transform=adapter.layers,
-        task_type="CAUSAL_LM",
-    )

@@ -7,13 +7,14 @@ in exactly one set or is counted in ``Partition.dropped``.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal
 
-from u2a.config import DataSection, PartitionSection, RunConfig
+from u2a.config import DataSection, PartitionSection, RewardSection, RunConfig
 from u2a.data import Source, example_id, fold, parse_examples, parse_pairs, prompt_key, read_rows
 from u2a.errors import ConfigError, DataError
 from u2a.record import content_id
@@ -336,16 +337,16 @@ def shortages(result: Partition, config: RunConfig) -> list[str]:
         )
     if not result.forget:
         problems.append("forget: no candidates (set data.forget, or data.pairs with partition.forget_frac > 0)")
-    elif solve.n_selected is not None and solve.n_selected > len(result.forget):
+    elif solve.n_selected is not None and solve.n_selected > (left := _left(len(result.forget), reward)):
         problems.append(
-            f"solve.n_selected: {solve.n_selected} is more than the {len(result.forget)} candidates "
-            f"(set at most {len(result.forget)}, or give more negatives)"
+            f"solve.n_selected: {solve.n_selected} is more than the {left} candidates "
+            f"(set at most {left}, or give more negatives)"
         )
     if not result.evaluation:
         problems.append("evaluation: no pairs (set data.evaluation, or data.pairs with partition.evaluation_frac > 0)")
     if not result.retain and unlearn.retain_term in ("nll", "kl"):
         problems.append(f"retain: no rows, unlearn.retain_term={unlearn.retain_term} needs them (set data.retain)")
-    heads = ["reward.model"] if reward.model in ("embedding", "token_value_head") else []
+    heads = ["reward.model"] if reward.model in ("embedding", "implicit") else []
     heads += ["reward.eval_model"] if reward.eval_model == "embedding" else []
     if heads and (prompts := _prompts(result.reward)) < len(heads):
         problems.append(
@@ -355,6 +356,11 @@ def shortages(result: Partition, config: RunConfig) -> list[str]:
     if config.finetune.enabled and not result.finetune:
         problems.append("finetune: no pairs (set data.finetune, or data.pairs with partition.finetune_frac > 0)")
     return problems
+
+
+def _left(candidates: int, reward: RewardSection) -> int:
+    """Candidates that the reward pre-filter will leave."""
+    return candidates if reward.model == "none" else math.ceil(reward.prefilter_frac * candidates)
 
 
 def describe(result: Partition) -> list[str]:

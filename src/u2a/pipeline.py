@@ -21,20 +21,23 @@ from u2a.encoding import count_truncated
 from u2a.errors import RecordError
 from u2a.evaluation.evaluate import ArmResult, build_table, evaluate_arm
 from u2a.evaluation.expected_reward import sampled_reward
+from u2a.evaluation.generation import generate
 from u2a.finetune import finetune, mixture, n_steps
-from u2a.model_loading import load_model, load_tokenizer
+from u2a.model_loading import check_adapter_layers, load_model, load_tokenizer
 from u2a.modeling import Policy, weights_fingerprint
 from u2a.partition import describe, partition
 from u2a.progress import Console
 from u2a.record import content_id, derive_seed
-from u2a.reward.analysis import analyse, build_reward_model, evaluation_section, reward_card
+from u2a.reward.analysis import analyse, build_reward_model, evaluation_section, reward_card, split_reward_pairs
 from u2a.reward.base import RewardModel
 from u2a.solution import Round, ScoreTable, Solution
 from u2a.stage_store import AnyRecord, StageStore
-from u2a.types import EvalTable, Pair, Partition, RewardCard, RewardTable, UnlearnResult
+from u2a.types import EvalTable, Partition, RewardCard, RewardTable, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver
 
 SOLUTION_ARM = "u2a"
+TRAINED_HERE = ("embedding", "implicit")  # reward models that are fitted on the run's own pairs
+PROBE_PROMPTS = 8  # answered once per round of selection
 
 
 class Pipeline:
@@ -63,7 +66,7 @@ class Pipeline:
         self.dir = Path(config.output_dir)
         self._sources, self._model, self._tokenizer = sources, model, tokenizer
         self._only = only
-        self._store = StageStore(self.dir, console.say)
+        self.store = StageStore(self.dir, console)
         self.n_truncated = 0
 
     # --- what stages share -----------------------------------------------------------------------
@@ -71,6 +74,8 @@ class Pipeline:
     @cached_property
     def partition(self) -> Partition:
         """Stage 1, checked: rows, sizes, leaks, and that every prompt fits (before any model is loaded)."""
+        if self._model is None:
+            check_adapter_layers(self.config.model)
         result = partition(self.config, self._sources)
         self.n_truncated = count_truncated(result, self.tokenizer, self.config.data.max_length)
         self.console.say("Partition")
@@ -108,13 +113,14 @@ class Pipeline:
     def _misaligned(self, policy: Policy) -> Policy:
         """Fine-tune on the mixture, or read the merged model back."""
         folder, key = self.dir / "base", self._key("finetune")
-        if self._store.is_done("finetune", key) and folder.is_dir():
+        if self.store.is_done("finetune", key) and folder.is_dir():
             self.console.say("  misaligned start: read back")
             return self._policy_around(load_model(self.config.model.model_copy(update={"name_or_path": str(folder)})))
+        before = dict(self.console.seconds)
         model = self._finetuned(policy, leave_out_forget=False)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self._store.mark("finetune", key)
+        self.store.mark("finetune", key, before)
         return self._policy_around(model)
 
     def _finetuned(self, policy: Policy, leave_out_forget: bool) -> PreTrainedModel:
@@ -146,32 +152,27 @@ class Pipeline:
         objective = None
         if self.config.solve.objective == "reward":
             samples = self.config.solve.reward_samples
-            tokens = self.config.evaluation.max_new_tokens
+            tokens = self.config.solve.reward_max_new_tokens
             objective = sampled_reward(self._selecting_reward, samples, tokens, derive_seed(self.config.seed, "J"))
         seed = derive_seed(self.config.seed, "solve")
-        return OuterProblem(self.partition.preference, self.config.solve, objective, seed)
+        probe = None if self.config.reward.model == "none" else self._mean_reward
+        return OuterProblem(self.partition.preference, self.config.solve, objective, seed, probe)
+
+    def _mean_reward(self, policy: Policy) -> float:
+        """Mean reward, under the selecting model, of the policy's own answers to a few PA prompts."""
+        pairs = sorted(self.partition.preference, key=lambda pair: pair.id)[:PROBE_PROMPTS]
+        prompts = [pair.prompt for pair in pairs]
+        answers = generate(policy, prompts, self.config.solve.reward_max_new_tokens)
+        return float(self._selecting_reward.score(prompts, answers).mean())
 
     # --- reward models ---------------------------------------------------------------------------
-
-    def _reward_halves(self) -> tuple[list[Pair], list[Pair]]:
-        """Pairs for the selecting and for the evaluating reward head: no prompt is in both."""
-        pairs = sorted(self.partition.reward, key=lambda pair: content_id(*(turn.content for turn in pair.prompt)))
-        groups: dict[str, list[Pair]] = {}
-        for pair in pairs:
-            groups.setdefault(content_id(*(turn.content for turn in pair.prompt)), []).append(pair)
-        ordered = list(groups.values())
-        first = [pair for group in ordered[0::2] for pair in group]
-        return first, [pair for group in ordered[1::2] for pair in group]
-
-    def _trains_head(self, name: str) -> bool:
-        return name in ("embedding", "implicit")
 
     @cached_property
     def _selecting_reward(self) -> RewardModel:
         section = self.config.reward
         seed = derive_seed(self.config.seed, "reward")
         policy = self.policy if section.model == "implicit" else None
-        model = build_reward_model(section, self._reward_halves()[0], policy, seed, self.console)
+        model = build_reward_model(section, split_reward_pairs(self.partition.reward)[0], policy, seed, self.console)
         if model is None:
             raise RecordError("reward.model is none: no reward model to score with")
         return model
@@ -179,11 +180,11 @@ class Pipeline:
     @cached_property
     def _evaluating_reward(self) -> tuple[RewardModel, RewardCard] | None:
         section = evaluation_section(self.config.reward)
-        pairs = self._reward_halves()[1]
+        pairs = split_reward_pairs(self.partition.reward)[1]
         model = build_reward_model(section, pairs, None, derive_seed(self.config.seed, "eval reward"), self.console)
         if model is None:
             return None
-        trained = len(pairs) if self._trains_head(section.model) else 0
+        trained = len(pairs) if section.model in TRAINED_HERE else 0
         return model, reward_card(model, self.partition.evaluation, trained)
 
     # --- stages ----------------------------------------------------------------------------------
@@ -197,10 +198,10 @@ class Pipeline:
         section = self.config.reward
         if section.model == "none":
             return None
-        key = self._key("reward", "reward")
+        key = self._key("reward", self._reward_options)
 
         def compute() -> RewardTable:
-            trained = len(self._reward_halves()[0]) if self._trains_head(section.model) else 0
+            trained = len(split_reward_pairs(self.partition.reward)[0]) if section.model in TRAINED_HERE else 0
             return analyse(self._selecting_reward, self.partition.forget, self.partition.preference, section, trained)
 
         return self._stage("reward", "rewards", RewardTable, key, compute)
@@ -211,7 +212,7 @@ class Pipeline:
         Returns:
             Gains of all candidates; also ``scores.json``.
         """
-        key = self._key("score", "reward", "solve", "unlearn", "token_budget")
+        key = self._key("score", *self._solve_options)
 
         def compute() -> ScoreTable:
             return score(self.policy, self.inner, self.outer, self.console)
@@ -222,21 +223,29 @@ class Pipeline:
         """Stage 3: the weights.
 
         Returns:
-            The solution; also ``solution.json`` and ``scores.json``.
+            The solution; also ``solution.json``.
         """
-        result = self._stage("solve", "solution", Solution, self._solve_key, self._solve)
-        result.scores.save(self.dir / "scores.json")
-        return result
+        return self._stage("solve", "solution", Solution, self._solve_key, self._solve)
 
     @cached_property
     def _solve_key(self) -> str:
-        return self._key("solve", "reward", "solve", "unlearn", "guard", "token_budget")
+        return self._key("solve", *self._solve_options)
+
+    @property
+    def _reward_options(self) -> dict[str, object]:
+        return self.config.reward.model_dump(include={"model", "name_or_path", "quantile", "prefilter_frac"})
+
+    @property
+    def _solve_options(self) -> list[object]:
+        config = self.config
+        inner = config.unlearn.model_dump(exclude={"report_to", "save_steps"})
+        return [self._reward_options, config.solve.model_dump(), inner, config.guard.model_dump()]
 
     def _solve(self) -> Solution:
         return solve(self._inner_solver, self.inner, self.outer, self.console, on_round=self._log_round)
 
     def _log_round(self, record: Round) -> None:
-        self._store.log("round", record.model_dump(mode="json"))
+        self.store.log("round", record.model_dump(mode="json"))
 
     def arm_weights(self, arm: str) -> dict[str, float] | None:
         """Weights of one arm; every control has as many samples as the solution.
@@ -275,18 +284,22 @@ class Pipeline:
             The record, or None for an arm that unlearns nothing (the policy is at theta_0 then).
         """
         weights = self.arm_weights(arm)
+        name = f"unlearn_{arm}"
+        path, saved = self.dir / f"{name}.json", self.dir / "arms" / f"{arm}.safetensors"
         if not weights:
+            path.unlink(missing_ok=True)
             self.policy.reset()
             return None
-        path, key = self.dir / f"unlearn_{arm}.json", self._arm_key(arm, weights)
-        saved = self.dir / "arms" / f"{arm}.safetensors"
-        read_only = self._only not in (None, "unlearn")
-        if read_only or (self._store.is_done(f"unlearn_{arm}", key) and path.exists() and saved.exists()):
+        key = self._arm_key(arm, weights)
+        if self._only not in (None, "unlearn"):
+            self.store.current(name, UnlearnResult, key, "unlearn")
+        if self.store.is_done(name, key) and path.exists() and saved.exists():
             record = UnlearnResult.load(path)
             self.policy.restore(load_file(saved))
             return record
         steps = self.config.unlearn.max_steps
         checkpoints = self.dir / "checkpoints" / f"{arm}-{key}" if self.config.unlearn.save_steps else None
+        before = dict(self.console.seconds)
         with self.console.phase(f"unlearn {arm}", steps, "steps") as advance:
             result = self._inner_solver(self.inner, weights, arm, checkpoints, advance)
         saved.parent.mkdir(parents=True, exist_ok=True)
@@ -295,8 +308,8 @@ class Pipeline:
         part.replace(saved)
         result.save(path)
         for step in result.history:
-            self._store.log(f"unlearn_{arm}", step.model_dump(mode="json"))
-        self._store.mark(f"unlearn_{arm}", key)
+            self.store.log(name, step.model_dump(mode="json"))
+        self.store.mark(name, key, before)
         return result
 
     def _arm_key(self, arm: str, weights: Mapping[str, float]) -> str:
@@ -309,24 +322,24 @@ class Pipeline:
             The table; also ``evaluation.json``, and one record per arm under ``arms/``.
         """
         section, seed = self.config.evaluation, self.config.seed
+        self.solution()  # an outdated one is refused before anything is measured
         arms = {"before": self._evaluate("before")}
         for arm in (SOLUTION_ARM, *section.controls):
             arms["after" if arm == SOLUTION_ARM else arm] = self._evaluate(arm)
         card = self._evaluating_reward[1] if self._evaluating_reward else None
         table = build_table(arms, self.partition, section, seed, card, self.solution())
         table.save(self.dir / "evaluation.json")
-        self._restore_solution()
+        self.unlearn_arm(SOLUTION_ARM)  # leave the policy at the solution
         return table
-
-    def _restore_solution(self) -> None:
-        """Leave the policy at the solution."""
-        self.unlearn_arm(SOLUTION_ARM)
 
     def _evaluate(self, arm: str) -> ArmResult:
         """Measure one arm, or read its measurement back."""
         name = "after" if arm == SOLUTION_ARM else arm
         weights = {} if arm in ("before", "retrain") else self.arm_weights(arm)
-        key = content_id(self._arm_key(arm, weights or {}), self._key("evaluate", "evaluation", "reward"))
+        source = self._arm_key(arm, weights) if weights else "retrain" if arm == "retrain" else "before"
+        options = self.config.evaluation.model_dump(exclude={"controls", "samples_shown"})
+        judge_options = self.config.reward.model_dump(include={"eval_model", "eval_name_or_path"})
+        key = self._key("evaluate", source, options, judge_options)
 
         def compute() -> ArmResult:
             policy = self.policy
@@ -340,7 +353,7 @@ class Pipeline:
             section, seed = self.config.evaluation, self.config.seed
             return evaluate_arm(policy, self.partition, judge, section, seed, self.console, name)
 
-        return self._store.saved(f"arms/{name}", ArmResult, key, compute)
+        return self.store.saved(f"arms/{name}", ArmResult, key, compute)
 
     def _retrained(self) -> Policy:
         """The baseline Retrain: the base model, fine-tuned on the mixture without the forget set."""
@@ -356,22 +369,22 @@ class Pipeline:
     ) -> AnyRecord:
         """Compute a stage or read its record back; where another stage alone was asked for, only read."""
         if self._only not in (None, stage):
-            return kind.load(self.dir / f"{name}.json")
-        return self._store.saved(name, kind, key, compute)
-
-    def _section(self, name: str) -> str:
-        value = getattr(self.config, name)
-        return json.dumps(value.model_dump(mode="json") if hasattr(value, "model_dump") else value, sort_keys=True)
+            return self.store.current(name, kind, key, stage)
+        return self.store.saved(name, kind, key, compute)
 
     @cached_property
     def _given_model(self) -> str:
         """Fingerprint of a model passed as an object (a named one stands in the options)."""
         return "" if self._model is None else weights_fingerprint(self._model)
 
-    def _key(self, stage: str, *sections: str) -> str:
-        """Hash of the options a stage depends on, of the data and of the model."""
-        upstream = (self.partition.fingerprint, str(self.config.seed), self._given_model)
-        return content_id(stage, *upstream, *map(self._section, ("model", "finetune", "data", *sections)))
+    def _key(self, stage: str, *parts: object) -> str:
+        """Hash of exactly what a stage is computed from: data, seed, model, misaligned start, and ``parts``."""
+        config = self.config
+        model = config.model.model_dump(include={"name_or_path", "dtype", "attention", "load_in_4bit", "adapter"})
+        texts = config.data.model_dump(include={"system_prompt", "max_length"})
+        start = config.finetune.model_dump()
+        document = [stage, self.partition.fingerprint, config.seed, self._given_model, model, texts, start, *parts]
+        return content_id(json.dumps(document, sort_keys=True))
 
 
 def arms_of(config: RunConfig) -> Sequence[str]:

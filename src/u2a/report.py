@@ -154,6 +154,7 @@ def charts(records: RunRecords, table: Sequence[Candidate]) -> dict[str, str]:
         Series("J on held-out PA pairs", x, [item.objective_heldout for item in rounds], 2),
     ]
     retain = [Series("retain perplexity", x, [item.retain_ppl for item in rounds], 3)]
+    reward = [Series("mean reward of the policy's own answers", x, [item.reward for item in rounds], 5)]
     gap = [Series("Frank-Wolfe gap", x, [item.fw_gap for item in rounds], 4)]
     chosen = [row for row in table if row.weight]
     ranks = [float(rank + 1) for rank in range(len(chosen))]
@@ -167,6 +168,7 @@ def charts(records: RunRecords, table: Sequence[Candidate]) -> dict[str, str]:
     return {
         "objective": xy_chart(Frame("Objective J per round (higher is better)", "round", "J"), objective),
         "retain": xy_chart(Frame("Retain perplexity per round (lower is better)", "round", "perplexity"), retain),
+        "reward": xy_chart(Frame("Reward per round (selecting reward model)", "round", "reward"), reward),
         "gap": xy_chart(Frame("Frank-Wolfe gap per round (0 = optimal)", "round", "gap"), gap),
         "unlearn": _unlearn_chart(records),
         "weights": xy_chart(Frame("Weights of the selected candidates", "rank by weight", "weight"), weights),

@@ -130,6 +130,7 @@ def align(
         Records, the aligned model, and ``report(path)``.
 
     Raises:
+        ConfigError: a loaded model together with ``finetune.enabled``.
         ModelError: a loaded model without a tokenizer. Any other :class:`~u2a.errors.U2AError` passes through.
     """
     config = config or _default_config(forget is not None)
@@ -142,6 +143,8 @@ def align(
         sources["retain"] = retain
     name = model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or "model object")
     config = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": name})})
+    if not isinstance(model, str) and config.finetune.enabled:
+        raise ConfigError("finetune.enabled needs a model given by name (the misaligned start changes its weights)")
     if isinstance(model, str):
         return finish(Pipeline(config, console or Console(), sources, tokenizer=tokenizer))
     if tokenizer is None and not Path(name).is_dir():
@@ -201,7 +204,7 @@ def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
 
     Args:
         config: all options.
-        stage: ``reward``, ``score``, ``solve``, ``unlearn`` or ``evaluate``.
+        stage: ``partition``, ``reward``, ``score``, ``solve``, ``unlearn`` or ``evaluate``.
         quiet: print nothing but errors.
 
     Raises:
@@ -212,6 +215,8 @@ def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
     console = Console(quiet=quiet)
     pipeline = Pipeline(config, console, only=stage)
     write_run_yaml(config, pipeline.dir / "run.yaml", pipeline.partition.fingerprint)
+    if stage == "partition":
+        return
     if stage == "reward":
         table = pipeline.rewards()
         console.say("no reward model (reward.model: none)" if table is None else f"{len(table.rows)} rewards")

@@ -65,11 +65,14 @@ class RunRecords:
         if not (folder / "run.yaml").is_file():
             raise RecordError(f"{folder}: no run.yaml there (expected the output directory of a run)")
         noted = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")) or {}
-        arms = [UnlearnResult.load(path) for path in sorted(folder.glob("unlearn_*.json"))]
+        config = load_config(folder / "run.yaml")
+        names = ["u2a", *config.evaluation.controls]
+        paths = [folder / f"unlearn_{name}.json" for name in names]
+        arms = [UnlearnResult.load(path) for path in paths if path.exists()]
         return cls(
-            config=load_config(folder / "run.yaml"),
+            config=config,
             partition=Partition.load(folder / "partition.json"),
-            rewards=_load_if_there(RewardTable, folder / "rewards.json"),
+            rewards=None if config.reward.model == "none" else _load_if_there(RewardTable, folder / "rewards.json"),
             scores=_load_if_there(ScoreTable, folder / "scores.json"),
             solution=_load_if_there(Solution, folder / "solution.json"),
             unlearn={record.arm: record for record in arms},

@@ -115,7 +115,7 @@ class WeightRow(Row):
 
 
 class Round(Row):
-    """One round of selection.
+    """One round of selection, or the final refinement of the weights (which adds none).
 
     Attributes:
         index: 0-based.
@@ -128,6 +128,7 @@ class Round(Row):
         accepted: whether J, measured at the new inner solution, rose above that of every round before.
         split_half: reliability of the round's gains.
         seconds: wall time.
+        reward: mean reward of the policy's own answers to a few PA prompts there, or None when not measured.
     """
 
     index: int
@@ -141,6 +142,7 @@ class Round(Row):
     accepted: bool = True
     split_half: float | None = None
     seconds: float = 0.0
+    reward: float | None = None
 
 
 class Solution(Record):

@@ -8,6 +8,7 @@ trackers and ``accelerate launch`` are the base class's.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,15 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from u2a.callbacks import FiniteGradients, StreamPosition
 from u2a.config import AdapterConfig, DataSection, FieldMap, GuardSection, ModelSection
 from u2a.data import parse_examples
 from u2a.encoding import Batch, Encoded, token_batches
 from u2a.errors import ConfigError, ModelError, NonFiniteError
-from u2a.guard import CollapseGuard, GuardResult, all_finite
+from u2a.guard import CollapseGuard, GuardResult
 from u2a.losses import UnlearningLoss, check_retain, kl_from_reference, make_loss
 from u2a.model_loading import load_model, load_tokenizer
 from u2a.modeling import Policy, answer_log_probs
-from u2a.progress import Advance
 from u2a.record import derive_seed
 from u2a.rows import read_rows
 from u2a.stream import BatchMaker, Sample, SampleStream, StreamSampler
@@ -112,6 +113,7 @@ class UnlearnTrainer(Trainer):
         policy: the policy under training.
         guard: the collapse guard, or None.
         guard_result: how the guard ended the last ``train()``.
+        phase: name of what is done, for the message of a ``NonFiniteError``.
 
     Raises:
         ConfigError: options in conflict, or no row with positive weight.
@@ -136,6 +138,7 @@ class UnlearnTrainer(Trainer):
         self.policy = _policy(model, processing_class, peft_config, args)
         self.unlearning_loss = args.loss_value()
         self._ref_model = None if ref_model is None else ref_model.eval().requires_grad_(False)
+        _place(self.policy.model, self._ref_model, args)
         if args.retain_term == "kl" and not self.policy.has_adapter and ref_model is None:
             raise ConfigError("retain_term 'kl' with full fine-tuning needs ref_model (with an adapter it does not)")
         self._examples = as_examples(train_dataset, args.loss == "sft")
@@ -149,6 +152,7 @@ class UnlearnTrainer(Trainer):
         world = max(1, args.world_size)
         per_step = args.train_batch_size * args.gradient_accumulation_steps * world
         epoch_length = math.ceil(len(self._examples) / per_step) * per_step
+        self._sampler = StreamSampler(epoch_length)
         seed = derive_seed(args.seed, "sample stream")
         held_out = as_examples(eval_dataset, args.loss == "sft")
         self._ids = [row.id for row in (*self._examples, *held_out)]
@@ -177,7 +181,11 @@ class UnlearnTrainer(Trainer):
             )
             self.guard = CollapseGuard(self.policy, self._retain, section)
             self.add_callback(self.guard)
-        self.add_callback(_FiniteGradients())
+        self.phase = "unlearn"
+        self._step_ids: deque[list[str]] = deque(maxlen=args.gradient_accumulation_steps)
+        self.add_callback(FiniteGradients(lambda: (self.phase, [name for ids in self._step_ids for name in ids])))
+        if self._examples:
+            self.add_callback(StreamPosition(self._sampler, per_step))
         self._parts: dict[str, float] = {}
 
     def _encode(self, examples: Sequence[Example]) -> tuple[Encoded, ...]:
@@ -199,15 +207,14 @@ class UnlearnTrainer(Trainer):
     def _sums_of(self, encoded: Sequence[Encoded]) -> Tensor:
         """Summed answer log-probabilities under ``ref_model``."""
         out = torch.zeros(len(encoded))
-        model = self._ref_model.to(self.policy.device)  # type: ignore[union-attr]
         for batch in token_batches(encoded, self.policy.token_budget):
             rows = self.policy.collate([encoded[index] for index in batch])
-            out[batch] = answer_log_probs(model, rows).sum.float().cpu()
+            out[batch] = answer_log_probs(self._ref_model, rows).sum.float().cpu()  # type: ignore[arg-type]
         return out
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StreamSampler:
         """Positions of the stream in order; the stream itself is shuffled."""
-        return StreamSampler(len(self.train_dataset))  # type: ignore[arg-type]
+        return self._sampler
 
     def compute_loss(
         self,
@@ -230,15 +237,18 @@ class UnlearnTrainer(Trainer):
         Raises:
             NonFiniteError: a per-sample loss or the retain term is not finite.
         """
+        ids = [self._ids[k] for k in inputs["index"].tolist()]
+        if model.training:
+            self._step_ids.append(ids)
         answers = answer_log_probs(model, Batch(**inputs["forget"]))
         losses = self.unlearning_loss.per_sample(answers, inputs["reference_sum"])
         if not torch.isfinite(losses).all():
-            bad = inputs["index"][~torch.isfinite(losses)].tolist()
-            raise NonFiniteError("loss", "unlearn", self.state.global_step, [self._ids[k] for k in bad])
+            bad = [name for name, loss in zip(ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
+            raise NonFiniteError("loss", self.phase, self.state.global_step, bad)
         forget = (inputs["weight"] * losses).mean()
         retain = self._retain_loss(model, inputs)
         if retain is not None and not torch.isfinite(retain):
-            raise NonFiniteError(f"retain term ({self._config.retain_term})", "unlearn", self.state.global_step)
+            raise NonFiniteError(f"retain term ({self._config.retain_term})", self.phase, self.state.global_step)
         loss = forget if retain is None else forget + self._config.retain_weight * retain
         self._parts = {"forget_loss": float(forget.detach())} | (
             {} if retain is None else {"retain_loss": float(retain.detach())}
@@ -330,30 +340,6 @@ class _Fixed(torch.utils.data.Dataset[tuple[int, Sample]]):
         return index, self._samples[index]
 
 
-class StepReporter(TrainerCallback):
-    """Reports each optimiser step to a progress display.
-
-    Args:
-        advance: the display.
-    """
-
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report one step."""
-        self._advance.advance(1)
-
-
-class _FiniteGradients(TrainerCallback):
-    """Refuses an update with a NaN or infinite gradient."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if not all_finite(gradients):
-            raise NonFiniteError("gradient", "unlearn", state.global_step)
-
-
 def as_examples(rows: Rows | None, good: bool) -> tuple[Example, ...]:
     """Turn any accepted form of rows into examples; rows of weight 0 are left out.
 
@@ -398,3 +384,17 @@ def _policy(
         raise ConfigError("args.full_finetuning conflicts with peft_config (give one of them)")
     adapter = peft_config or AdapterConfig(enabled=not args.full_finetuning)
     return Policy(model, tokenizer, adapter, args.max_length, seed=args.seed)
+
+
+def _place(model: nn.Module, ref_model: nn.Module | None, args: UnlearnConfig) -> None:
+    """Move the models to the device of the run before anything is computed, and train on one device per process.
+
+    A quantised model, or one spread over several devices, stays where it is.
+    """
+    device = args.device  # sets the devices up
+    if args.n_gpu > 1:  # not distributed: several visible devices would silently mean DataParallel
+        args._n_gpu = 1
+    for each in (model, ref_model):
+        spread = len(set((getattr(each, "hf_device_map", None) or {}).values())) > 1
+        if each is not None and not spread and not getattr(each, "is_quantized", False):
+            nn.Module.to(each, device)

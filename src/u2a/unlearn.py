@@ -18,13 +18,15 @@ from typing import Any
 from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from u2a.callbacks import StepReporter
 from u2a.config import GuardSection, UnlearnSection
 from u2a.errors import ConfigError
 from u2a.guard import CollapseGuard, GuardResult
 from u2a.losses import UnlearningLoss, make_loss
 from u2a.modeling import Params, Policy
 from u2a.progress import Advance, Quiet
-from u2a.trainer import StepReporter, UnlearnConfig, UnlearnTrainer
+from u2a.record import content_id
+from u2a.trainer import UnlearnConfig, UnlearnTrainer
 from u2a.types import Example, StepLog, UnlearnResult
 
 
@@ -89,8 +91,9 @@ def unlearn(
         policy: the policy; it is reset to theta_0 first.
         problem: candidates, retain rows and options.
         weights: omega by candidate id, >= 0; zero or absent = not in the set. Their scale does not matter.
-        arm: name for the record.
-        output_dir: where checkpoints go (``section.save_steps`` > 0); an interrupted run found there is resumed.
+        arm: name for the record and for error messages.
+        output_dir: checkpoints go (``section.save_steps`` > 0) into a folder in it that is named after problem and
+            weights; an interrupted run of the same problem found there is resumed.
         advance: progress, told one step at a time.
 
     Returns:
@@ -109,7 +112,7 @@ def unlearn(
         guard = CollapseGuard(
             policy, [encode(r.prompt, r.completion, r.source) for r in problem.guard_rows], problem.guard
         )
-    with _folder(output_dir) as folder:
+    with _folder(None if output_dir is None else Path(output_dir) / _problem_id(problem, rows)) as folder:
         trainer = UnlearnTrainer(
             model=policy,
             args=_arguments(problem, policy, folder, len(rows)),
@@ -117,6 +120,7 @@ def unlearn(
             retain_dataset=problem.retain,
             callbacks=[StepReporter(advance or Quiet()), *([guard] if guard else [])],
         )
+        trainer.phase = arm
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if problem.section.save_steps else None)
         steps = trainer.state.global_step
@@ -234,6 +238,14 @@ def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int)
     )
 
 
+def _problem_id(problem: InnerProblem, rows: tuple[Example, ...]) -> str:
+    """Content id of an inner problem and its weights, which the rows carry."""
+    sets = (rows, problem.retain, problem.guard_rows)
+    texts = [content_id(*(row.model_dump_json() for row in each)) for each in sets]
+    options = (problem.section.model_dump_json(), problem.guard.model_dump_json(), str(problem.seed))
+    return content_id(*texts, *options)
+
+
 def _settled_fields(settled: GuardResult | None, steps: int) -> dict[str, Any]:
     """The guard's part of the record."""
     if settled is None:
@@ -264,10 +276,10 @@ def _history(trainer: UnlearnTrainer, guard: CollapseGuard | None) -> tuple[Step
 
 
 @contextmanager
-def _folder(output_dir: str | Path | None) -> Iterator[Path]:
+def _folder(output_dir: Path | None) -> Iterator[Path]:
     """The given directory, or one that vanishes afterwards."""
     if output_dir is not None:
-        yield Path(output_dir)
+        yield output_dir
         return
     with tempfile.TemporaryDirectory(prefix="u2a-") as name:
         yield Path(name)

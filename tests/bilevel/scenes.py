@@ -24,7 +24,14 @@ ROWS = examples(8)
 INNER = InnerProblem(
     ROWS, section=UnlearnSection(loss="ga", retain_term="none", max_steps=2, learning_rate=1e-2, batch_size=4), seed=1
 )
-FAST = {"adjoint": "identity", "warmup_steps": 1, "fallback": "none", "scorer": "jvp", "folds": 3}
+FAST = {
+    "adjoint": "identity",
+    "warmup_steps": 1,
+    "fallback": "none",
+    "scorer": "jvp",
+    "folds": 3,
+    "final_refine": False,
+}
 
 
 def outer(objective: Objective | None = None, n_pairs: int = 8, **options: object) -> OuterProblem:

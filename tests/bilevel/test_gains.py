@@ -53,7 +53,7 @@ def test_gains_equal_the_dense_hypergradient_fold_by_fold(loss: str, term: str):
     weights = dict(zip([row.id for row in ROWS], [0.4, 0.3, 0.2, 0.1], strict=True))
     encoded, theta = encode(policy, ROWS), theta_of(policy)
     f = inner_by_hand(policy, (loss, term), encoded, torch.tensor(list(weights.values())), encode(policy, RETAIN))
-    with second_order_attention():
+    with second_order_attention(policy):
         hessian = dense_hessian(f, theta)
     rho = 1.0 + max(0.0, -2.0 * float(torch.linalg.eigvalsh((hessian + hessian.T) / 2).min()))
     settings_ = outer(damping=rho)

@@ -46,7 +46,7 @@ def test_product_is_a_dense_hessian_with_its_retain_term():
     policy = shared_policy()
     operator = hessian(policy, "npo", "nll")
     function = inner_by_hand(policy, ("npo", "nll"), operator.rows, WEIGHTS, operator.retain)
-    with second_order_attention():
+    with second_order_attention(policy):
         exact = dense_hessian(function, theta_of(policy))
     found = matrix_of(operator.product, policy.trainable())
     assert float((found - exact).norm() / exact.norm()) < 1e-6
@@ -155,6 +155,24 @@ def test_second_order_attention_gives_double_backward_on_every_kernel(attention:
     policy = tiny_policy(lora_b_sd=0.1, attention=attention)
     v = {name: torch.ones_like(value) for name, value in policy.trainable().items()}
     assert norm(hessian(policy, "ga", "none").product(v)) > 0
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_flash_attention_gives_way_to_sdpa_for_the_block_and_comes_back(monkeypatch: pytest.MonkeyPatch, adapter: bool):
+    policy = tiny_policy(lora_b_sd=0.1, adapter=adapter)
+    base = policy.model.get_base_model() if adapter else policy.model
+    monkeypatch.setattr(  # the kernel itself cannot be installed on a CPU; only its name matters here
+        type(base), "set_attn_implementation", lambda self, name: setattr(self.config, "_attn_implementation", name)
+    )
+    base.config._attn_implementation = "flash_attention_2"
+    with second_order_attention(policy):
+        assert base.config._attn_implementation == "sdpa"
+    assert base.config._attn_implementation == "flash_attention_2"
+    v = {name: torch.ones_like(value) for name, value in policy.trainable().items()}
+    assert norm(hessian(policy, "ga", "none").product(v)) > 0  # flash_attn is not installed: it was not called
+    with pytest.raises(ValueError, match="stop"), second_order_attention(policy):
+        raise ValueError("stop")
+    assert base.config._attn_implementation == "flash_attention_2"
 
 
 def test_unit_has_length_one_and_leaves_zero_alone():

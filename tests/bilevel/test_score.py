@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import candidate_losses, direction, loss_by_hand, small_policy, theta_of
+from torch.overrides import TorchFunctionMode
 
-from tiny import examples, tiny_policy
+from tiny import examples, pairs, tiny_model, tiny_policy, tiny_tokenizer
+from u2a.bilevel.objective import Margin, objective_gradient, objective_values
 from u2a.bilevel.score import (
     CandidateLosses,
     Central,
     ForwardMode,
     OneSided,
     Scorer,
+    Slopes,
     agreement,
     choose_step,
     make_scorer,
+    score_all,
     shifted,
 )
 from u2a.bilevel.vectors import dot, plus, scaled
-from u2a.config import SolveSection
+from u2a.config import AdapterConfig, SolveSection
 from u2a.errors import NonFiniteError
 from u2a.losses import GA, make_loss
 from u2a.modeling import AnswerLogProbs, Policy
-from u2a.progress import Quiet
+from u2a.progress import Console, Quiet
 from u2a.reference.dense import flatten, per_sample_gradients
 
+QUIET = Console(quiet=True)
 ROWS = examples(6)
 SCORERS = {"central": Central(), "one_sided": OneSided(), "jvp": ForwardMode()}
 TOLERANCE = {"central": 1e-3, "one_sided": 2e-2, "jvp": 1e-9}
@@ -221,9 +227,131 @@ def test_chosen_step_changes_the_probed_losses_by_about_the_target_per_token(los
     assert change == pytest.approx(0.005 * per_token, rel=0.3)
 
 
+class NoForwardMode(torch.autograd.Function):
+    """Stands for a kernel such as a 4-bit product: it has a backward, and no forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):  # noqa: ANN001, ANN205
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):  # noqa: ANN001, ANN205
+        return g
+
+
+def test_agreement_is_unknown_on_a_kernel_without_forward_mode():
+    policy = small_policy()
+    losses, u = candidate_losses(policy, GA(), ROWS), direction(policy, 11)
+    policy.model.get_base_model().lm_head.register_forward_hook(lambda module, args, out: NoForwardMode.apply(out))
+    with pytest.raises(RuntimeError):
+        slopes(ForwardMode(), losses, u)
+    scoring = score_all(SolveSection(), losses, [u], QUIET)
+    assert (scoring.error, scoring.scorer) == (None, "central")
+    assert error(scoring.slopes.derivatives[:, 0], exact("ga") @ flatten(u)) < 1e-3
+
+
+def sixteen_bit_policy() -> Policy:
+    policy = Policy(tiny_model(2).bfloat16(), tiny_tokenizer(), AdapterConfig(r=4, alpha=8.0), seed=2)
+    generator = torch.Generator().manual_seed(3)
+    for name, value in policy.trainable().items():
+        if ".lora_B." in name:
+            value.data.copy_(0.05 * torch.randn(value.shape, generator=generator))
+    return policy
+
+
+@pytest.mark.parametrize("name", ["central", "one_sided"])
+def test_a_16_bit_base_is_scored_exactly_since_differences_would_be_rounding_noise(name: str):
+    policy = sixteen_bit_policy()
+    rows = examples(10)
+    losses = candidate_losses(policy, GA(), rows)
+    generator = torch.Generator().manual_seed(0)
+    u = {key: torch.randn(value.shape, generator=generator) for key, value in policy.trainable().items()}
+    scoring = score_all(SolveSection(scorer=name), losses, [u], QUIET)  # type: ignore[arg-type]
+    assert (scoring.scorer, scoring.error) == ("jvp (16-bit base)", None)
+    wide = Policy(tiny_model(2).bfloat16().float(), tiny_tokenizer(), AdapterConfig(r=4, alpha=8.0), seed=2)
+    wide.restore(policy.snapshot())
+    true = slopes(ForwardMode(), candidate_losses(wide, GA(), rows), u)[:, 0]
+    assert error(scoring.slopes.derivatives[:, 0], true) < 0.05
+    assert error(slopes(SCORERS[name], losses, u)[:, 0], true) > 0.1
+
+
+def test_autocast_counts_as_16_bits_and_a_quantised_base_does_not():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert make_scorer(SolveSection(), small_policy()) == ForwardMode("jvp (16-bit base)")
+    policy = sixteen_bit_policy()
+    policy.model.get_base_model().is_loaded_in_4bit = True
+    assert make_scorer(SolveSection(), policy) == Central()
+    assert make_scorer(SolveSection(scorer="jvp"), sixteen_bit_policy()) == ForwardMode()
+
+
+def test_differences_far_off_are_replaced_by_exact_derivatives(monkeypatch: pytest.MonkeyPatch):
+    policy = small_policy()
+    losses, u = candidate_losses(policy, GA(), ROWS), direction(policy, 3)
+    plain = Central.derivatives
+    noise = torch.tensor([[3.0], [-2.0], [1.0], [-1.0], [2.0], [-3.0]], dtype=torch.float64)
+
+    def noisy(self: Central, *rest: Any) -> Slopes:
+        found = plain(self, *rest)
+        return Slopes(found.derivatives * (1.0 + size * noise), found.losses)
+
+    monkeypatch.setattr(Central, "derivatives", noisy)
+    size = 0.01
+    kept = score_all(SolveSection(), losses, [u], QUIET)
+    assert kept.scorer == "central"
+    assert kept.error is not None and 0.0 < kept.error < 0.2
+    size = 1.0
+    redone = score_all(SolveSection(), losses, [u], QUIET)
+    assert redone.scorer.startswith("jvp (central was off by ")
+    assert redone.error is None
+    assert error(redone.slopes.derivatives[:, 0], exact("ga") @ flatten(u)) < 1e-9
+
+
+class CpuFirst(TorchFunctionMode):
+    """Refuses ``.double()`` on a tensor not yet brought to the CPU, as Apple's mps does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.cpu:
+            out.was_moved = True
+        if func is torch.Tensor.double:
+            assert getattr(args[0], "was_moved", False), "float64 on the device"
+        return out
+
+
+def test_float64_is_used_on_the_cpu_only():
+    policy = tiny_policy(lora_b_sd=0.1)
+    losses = candidate_losses(policy, GA(), ROWS)
+    u = {name: torch.ones_like(value) for name, value in policy.trainable().items()}
+    items = Margin().prepare(policy, pairs(3))
+    with CpuFirst():
+        losses.values()
+        ForwardMode().derivatives(losses, [u], Quiet())
+        objective_values(Margin(), policy, items)
+        objective_gradient(Margin(), policy, items)
+
+
+class OnMps(torch.Tensor):
+    """Pretends to live on a device without float64."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("mps")
+
+    def double(self) -> torch.Tensor:  # type: ignore[override]
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+
+def test_inner_products_work_on_a_device_without_float64():
+    v = {"a": torch.tensor([3.0, 4.0]).as_subclass(OnMps)}
+    assert dot(v, v) == 25.0
+
+
 def test_sections_name_their_scorers():
     for name, scorer in SCORERS.items():
-        assert make_scorer(SolveSection(scorer=name)) == scorer  # type: ignore[arg-type]
+        assert make_scorer(SolveSection(scorer=name), small_policy()) == scorer  # type: ignore[arg-type]
     assert (Central(0.1).name, OneSided(0.2).name) == ("central(step=0.1)", "one_sided(step=0.2)")
 
 

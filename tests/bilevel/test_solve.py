@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from scenes import INNER, QUIET, ROWS, noise, outer, run, scripted
 from torch import Tensor, nn
 
 from tiny import tiny_policy
-from u2a.bilevel.gains import split_preference
+from u2a.bilevel.gains import Gains, compute_gains, split_preference
 from u2a.bilevel.objective import CustomObjective
 from u2a.bilevel.solve import n_to_select, random_weights, score, solve, with_block
+from u2a.bilevel.weight import frank_wolfe_gap, refine
+from u2a.config import SolveSection
 from u2a.errors import ConfigError, DataError, NonFiniteError
 from u2a.modeling import Policy
 from u2a.record import derive_seed
@@ -227,3 +231,91 @@ def test_with_block_gives_new_members_the_average_weight():
     assert with_block(start, [3]).tolist() == pytest.approx([0.5, 1 / 6, 0.0, 1 / 3])
     assert with_block(torch.zeros(4).double(), [0, 2]).tolist() == [0.5, 0.0, 0.5, 0.0]
     assert with_block(start, []).tolist() == start.tolist()
+
+
+def test_final_refinement_scores_the_selected_at_the_best_inner_solution_and_moves_their_weights(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    options = {"n_selected": 4, "rounds": 1, "estimator": "mean", "mirror_steps": 5}
+    scripted(monkeypatch, [0.0])
+    plain = run(outer(**options))
+    scripted(monkeypatch, [0.0, 1.0])
+    problem = outer(final_refine=True, **options)
+    found = run(problem)
+    first, last = found.rounds
+    assert (first.added, first.accepted) == (plain.rounds[0].added, True)
+    assert (last.index, last.added, last.accepted) == (1, (), True)
+    chosen = [k for k, row in enumerate(ROWS) if row.id in plain.weights]
+    solver = InnerSolver(tiny_policy())
+    solver(INNER, plain.weights)
+    inner = replace(INNER, forget=tuple(ROWS[k] for k in chosen))
+    gains = compute_gains(solver.policy, inner, problem, split_preference(problem), plain.weights, QUIET).estimates
+    weights = torch.tensor([plain.weights[row.id] for row in inner.forget], dtype=torch.float64)
+    expected = refine(weights, -gains, 0.1 / float(gains.std(correction=0)), 5)
+    assert [found.weights[row.id] for row in inner.forget] == pytest.approx(expected.tolist(), rel=1e-6)
+    assert float((expected - weights).abs().max()) > 1e-3
+    assert len(found.scores.rows) == len(ROWS)  # the table of the last scoring of all candidates
+    assert last.fw_gap == pytest.approx(frank_wolfe_gap(weights, -gains), rel=1e-6)
+
+
+def test_final_refinement_starts_from_the_best_round_and_is_dropped_when_j_does_not_rise(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    options = {"n_selected": 8, "rounds": 4, "selected_frac": 1.0, "estimator": "mean"}
+    scripted(monkeypatch, [1.0, 0.5])
+    plain = run(outer(**options))
+    used: list[dict[str, float]] = []
+    call = InnerSolver.__call__
+
+    def spy(self: InnerSolver, problem: InnerProblem, weights: dict[str, float], *rest: Any, **named: Any):
+        used.append(dict(weights))
+        return call(self, problem, weights, *rest, **named)
+
+    monkeypatch.setattr(InnerSolver, "__call__", spy)
+    scripted(monkeypatch, [1.0, 0.5, 0.9])
+    found = run(outer(final_refine=True, **options))
+    assert [entry.accepted for entry in found.rounds] == [True, False, False]
+    assert found.weights == plain.weights
+    assert found.stopped == plain.stopped
+    assert used[2] == used[0] == plain.weights
+    assert set(used[3]) == set(plain.weights)
+    assert used[3] != plain.weights
+
+
+def test_final_refinement_needs_two_candidates_and_steps():
+    assert len(run(outer(n_selected=1, rounds=1, final_refine=True)).rounds) == 1
+    assert len(run(outer(n_selected=4, rounds=1, final_refine=True, mirror_steps=0)).rounds) == 1
+    assert SolveSection().final_refine
+
+
+def test_probe_is_measured_once_per_round_at_its_inner_solution(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [0.0, 1.0, 2.0])
+    thetas: list[dict[str, Tensor]] = []
+
+    def probe(policy: Policy) -> float:
+        thetas.append(policy.snapshot())
+        return 10.0 + len(thetas)
+
+    problem = outer(n_selected=4, rounds=2, estimator="mean", final_refine=True)
+    found = run(replace(problem, probe=probe))
+    assert [entry.reward for entry in found.rounds] == [11.0, 12.0, 13.0]
+    solver = InnerSolver(tiny_policy())
+    solver(INNER, found.weights)
+    assert all(torch.allclose(value, thetas[-1][name]) for name, value in solver.policy.snapshot().items())
+    scripted(monkeypatch, [0.0])
+    assert [entry.reward for entry in run(outer(rounds=1)).rounds] == [None]
+
+
+def test_equal_estimates_are_named_when_they_stop_the_search(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [0.0])
+    calls: list[int] = []
+
+    def alike_from_the_second_on(*arguments: Any) -> Gains:
+        gains = compute_gains(*arguments)
+        calls.append(1)
+        return gains if len(calls) == 1 else replace(gains, estimates=torch.full_like(gains.estimates, 0.3))
+
+    monkeypatch.setattr("u2a.bilevel.solve.compute_gains", alike_from_the_second_on)
+    found = run(outer(n_selected=4, rounds=2, estimator="mean"))
+    assert found.stopped == "all candidates look alike (Frank-Wolfe gap 0)"
+    assert len(found.rounds) == 1

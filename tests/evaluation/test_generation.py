@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tiny import ask, pairs, tiny_policy
 from u2a.errors import NonFiniteError
-from u2a.evaluation.generation import _generator, _gumbel, generate
+from u2a.evaluation.generation import _generator, _gumbel, answer_text, generate, generate_ids
 from u2a.modeling import Policy
 
 torch.set_num_threads(1)
@@ -99,3 +99,21 @@ def test_nan_logits_are_named() -> None:
     policy.model.get_input_embeddings().weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="logit in phase generate"):
         generate(policy, PROMPTS[:1], 2)
+
+
+def test_ids_are_those_of_the_text_and_say_whether_the_model_ended_the_answer() -> None:
+    policy = with_budget(4000)
+    answers = generate_ids(policy, PROMPTS, 6)
+    assert [answer_text(policy, answer) for answer in answers] == generate(policy, PROMPTS, 6)
+    endless = [answer for answer in answers if not answer.finished]
+    assert endless
+    assert all(len(answer.drawn) == len(answer.ids) == 6 for answer in endless)
+    end = endless[0].ids[2]
+    policy.encoder.end_ids = policy.encoder.end_ids | {end}
+    cut = generate_ids(policy, PROMPTS, 6)
+    for before, after in zip(answers, cut, strict=True):
+        if end in before.ids:
+            assert (after.ids, after.end_id, after.finished) == (before.ids[: before.ids.index(end)], end, True)
+            assert after.drawn == (*after.ids, end)
+        else:
+            assert after == before

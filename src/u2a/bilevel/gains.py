@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from u2a.bilevel.hypergrad import Adjoint, InnerHessian, make_adjoint
 from u2a.bilevel.objective import DPO, NLL, Margin, Objective, objective_gradient
-from u2a.bilevel.score import CandidateLosses, agreement, make_scorer
+from u2a.bilevel.score import CandidateLosses, score_all
 from u2a.bilevel.select import FoldStatistics, fold_statistics, make_estimator, reliability
 from u2a.bilevel.vectors import dot
 from u2a.config import SolveSection
@@ -34,12 +34,14 @@ class OuterProblem:
         section: options of stage 3.
         objective: J; None makes it from the section.
         seed: seed of folds and random draws.
+        probe: measured after every inner run (mean reward of the policy's own answers), for the record; None: nothing.
     """
 
     preference: tuple[Pair, ...]
     section: SolveSection = field(default_factory=SolveSection)
     objective: Objective | None = None
     seed: int = 0
+    probe: Callable[[Policy], float] | None = None
 
     def objective_value(self) -> Objective:
         """Return J.
@@ -152,29 +154,25 @@ def compute_gains(
     directions, solves = _adjoints(
         adjoint, [part.gradient for part in parts], _curvature(policy, inner, outer, weights), console
     )
-    scorer = make_scorer(outer.section)
-    passes = scorer.passes(len(directions))
-    with console.phase("score candidates", passes * len(losses.rows), "candidates") as advance:
-        found = scorer.derivatives(losses, directions, advance)
-        slopes = found.derivatives
-        error = None if outer.section.scorer == "jvp" else agreement(losses, directions, slopes)
+    found = score_all(outer.section, losses, directions, console)
+    slopes = found.slopes.derivatives
     values = torch.cat([part.values for part in parts])
     _check(slopes, losses.ids)
     statistics = fold_statistics(-slopes, folds.sizes)
     estimates = make_estimator(outer.section).estimate(statistics)
     gram = torch.tensor([[dot(a.gradient, b.gradient) for b in parts] for a in parts], dtype=torch.float64)
     table = ScoreTable(
-        rows=_rows(losses, -slopes, statistics, estimates, found.losses),
+        rows=_rows(losses, -slopes, statistics, estimates, found.slopes.losses),
         objective=objective.name,
         loss=inner.loss_text,
         adjoint=adjoint.name,
-        scorer=scorer.name,
+        scorer=found.scorer,
         estimator=make_estimator(outer.section).name,
         objective_value=float(values.mean()),
         objective_se=float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else None,
         reliability=reliability(-slopes, folds.sizes, gram, statistics),
         solve=solves,
-        scorer_error=error,
+        scorer_error=found.error,
     )
     return Gains(table, statistics, estimates)
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from u2a.bilevel.linsolve import CG, LinearSolution, LinearSolver
 from u2a.bilevel.vectors import norm, scaled, zeros_like
@@ -165,7 +167,7 @@ class InnerHessian:
             H v.
         """
         total = zeros_like(vector)
-        with second_order_attention():
+        with second_order_attention(self.policy):
             for batch in token_batches(self.rows, self.policy.token_budget):
                 answers = self.policy.log_probs([self.rows[index] for index in batch])
                 losses = self.loss.per_sample(answers, self.reference_sums[batch].to(answers.sum))
@@ -203,10 +205,29 @@ class InnerHessian:
 
 
 @contextmanager
-def second_order_attention() -> Iterator[None]:
-    """Use the attention kernel that can be differentiated twice and in forward mode, inside a ``with`` block."""
-    with sdpa_kernel(SDPBackend.MATH):
+def second_order_attention(policy: Policy) -> Iterator[None]:
+    """Use an attention kernel that can be differentiated twice and in forward mode, inside a ``with`` block.
+
+    Args:
+        policy: the policy; flash attention is replaced by sdpa's plain kernel for the block.
+    """
+    base: nn.Module = policy.model.get_base_model() if isinstance(policy.model, PeftModel) else policy.model
+    with _without_flash(base), sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+@contextmanager
+def _without_flash(base: nn.Module) -> Iterator[None]:
+    """Put sdpa in the place of flash attention, which knows neither double backward nor forward mode."""
+    kernel = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    if not isinstance(base, PreTrainedModel) or not isinstance(kernel, str) or "flash" not in kernel:
+        yield
+        return
+    base.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(kernel)
 
 
 def unit(vector: Params) -> tuple[Params, float]:

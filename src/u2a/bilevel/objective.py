@@ -339,7 +339,7 @@ def objective_values(objective: Objective, policy: Policy, items: Sequence[Item]
         rows = [items[index] for index in batch]
         per_item = objective.per_item(policy, rows)
         _check_values(per_item, rows, number)
-        out[batch] = per_item.double().cpu()
+        out[batch] = per_item.cpu().double()
     return out
 
 
@@ -387,7 +387,7 @@ def objective_gradient(
         rows = [items[index] for index in batch]
         per_item = objective.per_item(policy, rows)
         _check_values(per_item, rows, number)
-        values[batch] = per_item.detach().double().cpu()
+        values[batch] = per_item.detach().cpu().double()
         gradients = torch.autograd.grad(per_item.sum(), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from u2a.bilevel.hypergrad import second_order_attention, unit
 from u2a.config import SolveSection
@@ -22,7 +23,9 @@ from u2a.encoding import Encoded, token_batches
 from u2a.errors import NonFiniteError
 from u2a.losses import UnlearningLoss
 from u2a.modeling import Params, Policy, answer_log_probs
-from u2a.progress import Advance, Quiet
+from u2a.progress import Advance, Console, Quiet
+
+MAX_DISAGREEMENT = 0.2  # of differences with exact derivatives, relative; beyond it they are not used
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class CandidateLosses:
         """
         out = torch.zeros(len(self.rows), dtype=torch.float64)
         for number, batch in enumerate(self.batches()):
-            losses = self.of(batch).double().cpu()
+            losses = self.of(batch).cpu().double()
             if not torch.isfinite(losses).all():
                 bad = [self.ids[k] for k, value in zip(batch, losses, strict=True) if not math.isfinite(value)]
                 raise NonFiniteError("candidate loss", "score", number, bad)
@@ -132,6 +135,21 @@ class Slopes:
     losses: Tensor
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Derivatives and how they were found.
+
+    Attributes:
+        slopes: derivatives and losses.
+        scorer: name of the scorer that found them.
+        error: its disagreement with exact derivatives on a sample, or None.
+    """
+
+    slopes: Slopes
+    scorer: str
+    error: float | None
+
+
 class Scorer(Protocol):
     """A way to compute directional derivatives, as a value."""
 
@@ -180,13 +198,13 @@ class ForwardMode:
         theta = {name: value.detach() for name, value in losses.policy.trainable().items()}
         out = torch.zeros(len(losses.rows), len(directions), dtype=torch.float64)
         base = torch.zeros(len(losses.rows), dtype=torch.float64)
-        with torch.no_grad(), second_order_attention():
+        with torch.no_grad(), second_order_attention(losses.policy):
             for column, direction in enumerate(directions):
                 tangent = {name: direction[name].to(value) for name, value in theta.items()}
                 for batch in losses.batches():
                     value, slope = torch.func.jvp(lambda p, rows=batch: losses.of(rows, p), (theta,), (tangent,))[:2]
-                    out[batch, column] = slope.double().cpu()
-                    base[batch] = value.double().cpu()
+                    out[batch, column] = slope.cpu().double()
+                    base[batch] = value.cpu().double()
                     advance.advance(len(batch))
         return Slopes(out, base)
 
@@ -303,23 +321,77 @@ def agreement(losses: CandidateLosses, directions: Sequence[Params], found: Tens
         sample: candidates checked, spread over the set by id.
 
     Returns:
-        ||found - exact|| / ||exact|| over the sample, or None when the exact derivatives are all 0.
+        ||found - exact|| / ||exact|| over the sample, or None when the exact derivatives are all 0 or the model has a
+        kernel without forward mode (4-bit weights).
     """
     order = sorted(range(len(losses.rows)), key=lambda index: losses.ids[index])
     chosen = order[:: max(1, len(order) // sample)][:sample]
-    exact = ForwardMode().derivatives(losses.subset(chosen), directions[:1], Quiet()).derivatives[:, 0]
+    try:
+        exact = ForwardMode().derivatives(losses.subset(chosen), directions[:1], Quiet()).derivatives[:, 0]
+    except (RuntimeError, NotImplementedError):
+        return None
     size = float(exact.norm())
     return float((found[chosen, 0] - exact).norm()) / size if size > 0 else None
 
 
-def make_scorer(section: SolveSection) -> Scorer:
+def make_scorer(section: SolveSection, policy: Policy) -> Scorer:
     """Turn the configured name into a scorer value.
 
     Args:
         section: options of the outer problem.
+        policy: the policy whose losses are scored.
 
     Returns:
-        The scorer.
+        The scorer; exact derivatives whatever was asked for where differences would be rounding noise.
     """
+    if section.scorer != "jvp" and rounds_to_16_bits(policy):
+        return ForwardMode("jvp (16-bit base)")
     scorers: dict[str, Scorer] = {"central": Central(), "one_sided": OneSided(), "jvp": ForwardMode()}
     return scorers[section.scorer]
+
+
+def rounds_to_16_bits(policy: Policy) -> bool:
+    """Whether losses move in steps of 16-bit rounding, so that their differences are noise.
+
+    Args:
+        policy: the policy.
+
+    Returns:
+        True when a weight is float16 or bfloat16, or autocast is on; False for a quantised base, whose kernels have
+        no forward mode.
+    """
+    base: nn.Module = policy.model.get_base_model() if isinstance(policy.model, PeftModel) else policy.model
+    if getattr(base, "is_quantized", False) or getattr(base, "is_loaded_in_4bit", False):
+        return False
+    if torch.is_autocast_enabled(policy.device.type):
+        return True
+    return any(value.dtype in (torch.float16, torch.bfloat16) for value in base.parameters())
+
+
+def score_all(
+    section: SolveSection, losses: CandidateLosses, directions: Sequence[Params], console: Console
+) -> Scoring:
+    """Score all candidates with the configured scorer, and once more exactly where it turns out too far off.
+
+    Args:
+        section: options of the outer problem.
+        losses: the vector of losses.
+        directions: vectors u.
+        console: progress.
+
+    Returns:
+        Derivatives with the scorer that found them.
+    """
+    scorer = make_scorer(section, losses.policy)
+    slopes = _run(scorer, losses, directions, console)
+    error = None if isinstance(scorer, ForwardMode) else agreement(losses, directions, slopes.derivatives)
+    if error is None or error <= MAX_DISAGREEMENT:
+        return Scoring(slopes, scorer.name, error)
+    exact = ForwardMode(f"jvp ({scorer.name} was off by {error:.0%})")
+    return Scoring(_run(exact, losses, directions, console), exact.name, None)
+
+
+def _run(scorer: Scorer, losses: CandidateLosses, directions: Sequence[Params], console: Console) -> Slopes:
+    passes = scorer.passes(len(directions))
+    with console.phase("score candidates", passes * len(losses.rows), "candidates") as advance:
+        return scorer.derivatives(losses, directions, advance)

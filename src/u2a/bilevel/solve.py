@@ -1,7 +1,8 @@
 """Stage 3, the entry: which negatives to unlearn, and how strongly.
 
 Warm-up from theta_0, then rounds: score all candidates at theta*(omega), add a block of the best, move the weights
-by mirror descent, solve the inner problem again, and stop when J on held-out pairs no longer rises.
+by mirror descent, solve the inner problem again, and stop when J on held-out pairs no longer rises. At the end the
+weights are re-optimised once more on the selected set alone.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from u2a.bilevel.gains import Folds, Gains, OuterProblem, compute_gains, split_p
 from u2a.bilevel.objective import Objective, objective_values
 from u2a.bilevel.select import decide, top_block
 from u2a.bilevel.weight import drop_small, frank_wolfe_gap, refine
+from u2a.config import SolveSection
 from u2a.errors import ConfigError
 from u2a.modeling import Policy
 from u2a.progress import Console
 from u2a.record import derive_seed
 from u2a.solution import Round, ScoreTable, Solution, WeightRow
 from u2a.stream import permutation
+from u2a.types import UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver, unlearn
 
 __all__ = ["OuterProblem", "n_to_select", "random_weights", "score", "solve"]
@@ -132,6 +135,7 @@ def solve(
     state = _State(zero, zero)
     steps = outer.section.inner_steps or inner.section.max_steps
     inner = replace(inner, section=inner.section.model_copy(update={"max_steps": steps}))
+    search = _Search(inner_solver, inner, outer, folds, monitor, console, on_round)
     for index in range(outer.section.rounds):
         start = time.monotonic()
         gains = compute_gains(policy, inner, outer, folds, _mapping(inner, state.weights) or inner.uniform(), console)
@@ -140,37 +144,101 @@ def solve(
             if choice != "none":
                 return _fallback(inner, outer, gains, choice, most)
         gap = frank_wolfe_gap(state.weights, -gains.estimates) if bool(state.weights.any()) else None
-        if gap is not None and gap <= outer.section.gap_tol * _unit(gains):
-            state.stopped = "Frank-Wolfe gap below tolerance"
+        certified = _certified(gains, gap, outer)
+        if certified:
+            state.stopped = certified
             break
         state.last = gains
         added, dropped = _update(state, inner, outer, most)
         if not bool(state.weights.any()):
             state.stopped = "no candidate promises a gain"
             break
-        with console.phase(f"inner run, round {index + 1}", steps, "steps") as advance:
-            result = inner_solver(inner, _mapping(inner, state.weights), f"round {index}", advance=advance)
-        value_pa, value_heldout = monitor.measure()
-        accepted = _judge(state, value_pa if value_heldout is None else value_heldout)
+        search.try_weights(state, _Step(start, gains, gap, added, dropped))
+        if _stop(state, outer, bool(added)):
+            break
+    _refine_on_selected(search, state)
+    return _solution(inner, state, "none" if bool(state.best_weights.any()) else "empty")
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What led to trial weights: start time, the gains, the gap before the change, and ids added and dropped."""
+
+    start: float
+    gains: Gains
+    gap: float | None
+    added: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What stays the same from round to round."""
+
+    solver: InnerSolver
+    inner: InnerProblem
+    outer: OuterProblem
+    folds: Folds
+    monitor: _Monitor
+    console: Console
+    on_round: Callable[[Round], None] | None
+
+    def inner_run(self, weights: Tensor, label: str) -> UnlearnResult:
+        """Bring the policy to theta*(omega)."""
+        with self.console.phase(f"inner run, {label}", self.inner.section.max_steps, "steps") as advance:
+            return self.solver(self.inner, _mapping(self.inner, weights), label, advance=advance)
+
+    def try_weights(self, state: _State, step: _Step) -> None:
+        """Solve the inner problem at the trial weights, judge them by J there, and record the round."""
+        result = self.inner_run(state.weights, f"round {len(state.rounds) + 1}" if step.added else "final weights")
+        value_pa, value_heldout = self.monitor.measure()
         record = Round(
-            index=index,
+            index=len(state.rounds),
             objective_pa=value_pa,
             objective_heldout=value_heldout,
             retain_ppl=result.retain_ppl_end,
-            fw_gap=gap,
+            fw_gap=step.gap,
             n_selected=int((state.weights > 0).sum()),
-            added=added,
-            dropped=dropped,
-            accepted=accepted,
-            split_half=gains.table.reliability.split_half,
-            seconds=time.monotonic() - start,
+            added=step.added,
+            dropped=step.dropped,
+            accepted=_judge(state, value_pa if value_heldout is None else value_heldout),
+            split_half=step.gains.table.reliability.split_half,
+            reward=self.outer.probe(self.solver.policy) if self.outer.probe else None,
+            seconds=time.monotonic() - step.start,
         )
         state.rounds.append(record)
-        if on_round:
-            on_round(record)
-        if _stop(state, outer, bool(added)):
-            break
-    return _solution(inner, state, "none" if bool(state.best_weights.any()) else "empty")
+        if self.on_round:
+            self.on_round(record)
+
+
+def _certified(gains: Gains, gap: float | None, outer: OuterProblem) -> str:
+    """Why the Frank-Wolfe gap says that the search is over, or an empty text."""
+    if gap is None:
+        return ""
+    if len(gains.estimates) > 1 and bool((gains.estimates == gains.estimates[0]).all()):
+        return "all candidates look alike (Frank-Wolfe gap 0)"
+    return "Frank-Wolfe gap below tolerance" if gap <= outer.section.gap_tol * _unit(gains) else ""
+
+
+def _refine_on_selected(search: _Search, state: _State) -> None:
+    """Re-optimise omega on the selected set S at its own inner solution; kept only if J, measured again, rises."""
+    section, best = search.outer.section, state.best_weights
+    chosen = [k for k in range(len(best)) if float(best[k]) > 0]
+    if not section.final_refine or section.mirror_steps == 0 or len(chosen) < 2:
+        return
+    start = time.monotonic()
+    search.inner_run(best, "best round")
+    inner = replace(search.inner, forget=tuple(search.inner.forget[k] for k in chosen))
+    gains = compute_gains(
+        search.solver.policy, inner, search.outer, search.folds, _mapping(inner, best[chosen]), search.console
+    )
+    refined = _refined(best[chosen], gains, section)
+    if torch.allclose(refined, best[chosen], rtol=0.0, atol=1e-12):
+        return
+    state.weights = torch.zeros_like(best)
+    state.weights[chosen] = refined
+    dropped = tuple(row.id for row, weight in zip(inner.forget, refined, strict=True) if float(weight) == 0.0)
+    search.try_weights(state, _Step(start, gains, frank_wolfe_gap(best[chosen], -gains.estimates), (), dropped))
 
 
 class _Monitor:
@@ -220,17 +288,21 @@ def _update(
     taken = (state.weights > 0).tolist()
     size = min(math.ceil(most / section.rounds), most - sum(taken))
     block = top_block(gains.estimates, ids, taken, size)
-    unit = _unit(gains)
-    beta = section.sparsity * unit
     trial = with_block(state.weights, block)
     if not bool(trial.any()):
         return (), ()
-    rate = section.mirror_rate / unit
-    refined = refine(trial, -gains.estimates, rate, section.mirror_steps, beta, section.sparsity_p)
-    refined = drop_small(refined, section.drop_below)
+    refined = _refined(trial, gains, section)
     dropped = tuple(ids[k] for k in range(len(ids)) if bool(trial[k] > 0) and not bool(refined[k] > 0))
     state.weights = refined
     return tuple(ids[k] for k in block), dropped
+
+
+def _refined(weights: Tensor, gains: Gains, section: SolveSection) -> Tensor:
+    """Move weights by mirror descent and drop small ones; rates and the penalty are in units of the gains' sd."""
+    unit = _unit(gains)
+    rate, beta = section.mirror_rate / unit, section.sparsity * unit
+    moved = refine(weights, -gains.estimates, rate, section.mirror_steps, beta, section.sparsity_p)
+    return drop_small(moved, section.drop_below)
 
 
 def with_block(weights: Tensor, block: list[int]) -> Tensor:

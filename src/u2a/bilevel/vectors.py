@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from u2a.modeling import Params
 
@@ -38,7 +39,12 @@ def dot(left: Params, right: Params) -> float:
     >>> dot({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 4.0])})
     11.0
     """
-    return math.fsum(float((left[name].double() * right[name].double()).sum()) for name in left)
+    return math.fsum(float((_float64(left[name]) * _float64(right[name])).sum()) for name in left)
+
+
+def _float64(value: Tensor) -> Tensor:
+    """The values in float64, on the CPU where the device has no such type (Apple's mps)."""
+    return (value.cpu() if value.device.type == "mps" else value).double()
 
 
 def norm(vector: Params) -> float:

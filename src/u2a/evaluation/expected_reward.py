@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from u2a.bilevel.objective import Drawn, ExpectedReward
-from u2a.evaluation.generation import generate
+from u2a.encoding import Encoded
+from u2a.evaluation.generation import Answer, answer_text, generate_ids
 from u2a.modeling import Policy
 from u2a.reward.base import RewardModel
-from u2a.types import Pair
+from u2a.types import Message, Pair
 
 
 def sampled_reward(model: RewardModel, n_samples: int, max_new_tokens: int, seed: int) -> ExpectedReward:
     """Make the objective J = E[r(x, y)] from a reward model; pairs give prompts only, no answer of theirs is read.
 
     Args:
-        model: scores the sampled answers; its token rewards are used where it has them.
+        model: scores the sampled answers. Its token rewards belong to its own encoding of the texts; they are used
+            only if in a call every one of them is as long as the answer, and shifted so that they sum to its score.
         n_samples: answers per prompt, at least 2.
         max_new_tokens: tokens per answer.
         seed: of the sampling.
@@ -26,20 +30,66 @@ def sampled_reward(model: RewardModel, n_samples: int, max_new_tokens: int, seed
 
     def draw(policy: Policy, pairs: Sequence[Pair]) -> list[Drawn]:
         prompts = [pair.prompt for pair in pairs]
-        texts = [generate(policy, prompts, max_new_tokens, 1.0, seed + g) for g in range(n_samples)]
-        rewards = [model.score(prompts, column).tolist() for column in texts]
-        tokens = [model.token_rewards(prompts, column) for column in texts]
-        drawn = []
-        for row, pair in enumerate(pairs):
-            answers = tuple(policy.encoder.encode(pair.prompt, column[row], pair.source) for column in texts)
-            per_token = [None if column is None else tuple(column[row].tolist()) for column in tokens]
-            whole = tuple(
-                values
-                for values, answer in zip(per_token, answers, strict=True)
-                if values is not None and len(values) == answer.n_answer
+        columns = []
+        for sample in range(n_samples):
+            answers = generate_ids(policy, prompts, max_new_tokens, 1.0, seed + sample)
+            columns.append(_scored(model, policy, prompts, answers))
+        with_tokens = all(column.tokens is not None for column in columns)
+        return [
+            Drawn(
+                answers=tuple(column.encoded[row] for column in columns),
+                rewards=tuple(column.scores[row] for column in columns),
+                token_rewards=tuple(column.tokens[row] for column in columns if column.tokens) if with_tokens else None,
             )
-            token_rewards = whole if len(whole) == n_samples else None
-            drawn.append(Drawn(answers, tuple(column[row] for column in rewards), token_rewards))
-        return drawn
+            for row in range(len(pairs))
+        ]
 
     return ExpectedReward(draw)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One sample to every prompt.
+
+    Attributes:
+        encoded: prompt and drawn tokens.
+        scores: sequence rewards.
+        tokens: token rewards that sum to the scores, or None unless they fit every answer.
+    """
+
+    encoded: list[Encoded]
+    scores: list[float]
+    tokens: list[tuple[float, ...]] | None
+
+
+def _scored(
+    model: RewardModel, policy: Policy, prompts: Sequence[tuple[Message, ...]], answers: Sequence[Answer]
+) -> _Column:
+    """Score answers. An answer of no text consists of its end-of-turn token, which was drawn like any other."""
+    texts = [answer_text(policy, answer) for answer in answers]
+    encoded = [
+        Encoded((*policy.encoder.encode_prompt(prompt), *answer.drawn), len(answer.drawn))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    scores = [float(value) for value in model.score(prompts, texts).tolist()]
+    rows = model.token_rewards(prompts, texts)
+    if rows is None or any(len(row) != answer.n_answer for row, answer in zip(rows, encoded, strict=True)):
+        return _Column(encoded, scores, None)
+    return _Column(encoded, scores, [summing_to(row.tolist(), score) for row, score in zip(rows, scores, strict=True)])
+
+
+def summing_to(values: Sequence[float], total: float) -> tuple[float, ...]:
+    """Shift values by a common amount so that they have a given sum.
+
+    Args:
+        values: at least one number.
+        total: the sum wanted.
+
+    Returns:
+        The shifted values.
+
+    >>> summing_to([1.0, 3.0], 10.0)
+    (4.0, 6.0)
+    """
+    shift = (total - math.fsum(values)) / len(values)
+    return tuple(value + shift for value in values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,29 @@ from u2a.errors import NonFiniteError
 from u2a.modeling import Policy
 from u2a.progress import Advance, Quiet
 from u2a.types import Message
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The token ids of one answer.
+
+    Attributes:
+        ids: the tokens before the end-of-turn token; may be empty.
+        end_id: the end-of-turn token that was drawn, or None when the answer stopped at the length limit.
+    """
+
+    ids: tuple[int, ...]
+    end_id: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model ended the answer itself."""
+        return self.end_id is not None
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """All tokens drawn, >= 1: the end-of-turn token is among them only if the model chose it."""
+        return self.ids if self.end_id is None else (*self.ids, self.end_id)
 
 
 def generate(
@@ -38,8 +62,49 @@ def generate(
         bar: told of every answer.
 
     Returns:
-        Answers in the order given, without the end-of-turn token and outer white space. Equal prompts get
+        Texts in the order given, without the end-of-turn token and outer white space. Equal prompts get
         equal answers. (Two logits closer than rounding may still fall either way in another batch.)
+
+    Raises:
+        NonFiniteError: the model gives a NaN logit.
+    """
+    answers = generate_ids(policy, prompts, max_new_tokens, temperature, seed, bar)
+    return [answer_text(policy, answer) for answer in answers]
+
+
+def answer_text(policy: Policy, answer: Answer) -> str:
+    """Decode an answer.
+
+    Args:
+        policy: gives the tokenizer.
+        answer: the answer's tokens.
+
+    Returns:
+        Its text without special tokens and outer white space.
+    """
+    return policy.tokenizer.decode(list(answer.ids), skip_special_tokens=True).strip()  # type: ignore[union-attr]
+
+
+def generate_ids(
+    policy: Policy,
+    prompts: Sequence[tuple[Message, ...]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    bar: Advance | None = None,
+) -> list[Answer]:
+    """Answer prompts with the current theta, as the very tokens that were drawn; arguments as for :func:`generate`.
+
+    Args:
+        policy: the policy.
+        prompts: turns, the last one the user's.
+        max_new_tokens: tokens per answer, the end-of-turn token included, >= 1.
+        temperature: 0 for greedy decoding, else softmax temperature.
+        seed: seed of the sampling.
+        bar: told of every answer.
+
+    Returns:
+        Answers in the order given; equal prompts get equal answers.
 
     Raises:
         NonFiniteError: the model gives a NaN logit.
@@ -47,13 +112,13 @@ def generate(
     bar = bar or Quiet()
     encoded = [policy.encoder.encode_prompt(prompt) for prompt in prompts]
     distinct = sorted(set(encoded), key=lambda ids: (-len(ids), ids))
-    answers: dict[tuple[int, ...], str] = {}
+    answers: dict[tuple[int, ...], Answer] = {}
     while len(answers) < len(distinct):
         rest = distinct[len(answers) :]
         size = max(1, policy.token_budget // (len(rest[0]) + max_new_tokens))
         batch = rest[:size]
-        for ids, tokens in zip(batch, _decode(policy, batch, max_new_tokens, temperature, seed), strict=True):
-            answers[ids] = policy.tokenizer.decode(tokens, skip_special_tokens=True).strip()  # type: ignore[union-attr]
+        found = _decode(policy, batch, max_new_tokens, temperature, seed)
+        answers |= dict(zip(batch, found, strict=True))
         bar.advance(len(batch))
     return [answers[ids] for ids in encoded]
 
@@ -61,8 +126,8 @@ def generate(
 @torch.no_grad()
 def _decode(
     policy: Policy, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, temperature: float, seed: int
-) -> list[list[int]]:
-    """New tokens of each prompt up to, not including, the first end-of-turn token."""
+) -> list[Answer]:
+    """New tokens of each prompt up to the first end-of-turn token."""
     width = max(len(ids) for ids in prompts)
     pad, device = policy.encoder.pad_id, policy.device
     input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
@@ -70,6 +135,7 @@ def _decode(
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     noise = [_generator(ids, seed) for ids in prompts] if temperature > 0 else []
     answers: list[list[int]] = [[] for _ in prompts]
+    ends: list[int | None] = [None] * len(prompts)
     running = set(range(len(prompts)))
     cache = None
     for _ in range(max_new_tokens):
@@ -84,6 +150,7 @@ def _decode(
         tokens = logits.argmax(-1).tolist()
         for row in sorted(running):
             if tokens[row] in policy.encoder.end_ids:
+                ends[row] = tokens[row]
                 running.discard(row)
             else:
                 answers[row].append(tokens[row])
@@ -92,7 +159,7 @@ def _decode(
         input_ids = torch.tensor(tokens, device=device)[:, None]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = positions[:, -1:] + 1
-    return answers
+    return [Answer(tuple(ids), end) for ids, end in zip(answers, ends, strict=True)]
 
 
 def _generator(ids: tuple[int, ...], seed: int) -> torch.Generator:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from u2a.config import RewardSection
+from u2a.data import prompt_key
 from u2a.errors import ConfigError
 from u2a.evaluation.stats import pearson, wilson
 from u2a.model_loading import pick_device
@@ -54,6 +55,22 @@ def build_reward_model(
         if section.model == "sequence_classification":
             return load_sequence_classifier(section.name_or_path, device)
         return load_token_value_head(section.name_or_path, device)
+
+
+def split_reward_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Split the reward pairs for the selecting and the evaluating reward head.
+
+    Args:
+        pairs: the partition's reward pairs.
+
+    Returns:
+        Two lists without a common prompt, of nearly equal numbers of prompts, whatever the order of the pairs.
+    """
+    groups: dict[str, list[Pair]] = {}
+    for pair in sorted(pairs, key=lambda pair: pair.id):
+        groups.setdefault(prompt_key(pair.prompt), []).append(pair)
+    keys = sorted(groups)
+    return [p for key in keys[0::2] for p in groups[key]], [p for key in keys[1::2] for p in groups[key]]
 
 
 def evaluation_section(section: RewardSection) -> RewardSection:

@@ -1,0 +1,100 @@
+"""The LoRA adapter of a model: its configuration, its start at theta_0, and a model without chance in its passes."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from u2a.config import AdapterConfig
+from u2a.errors import ModelError
+
+LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+# Numbers that models of transformers hand to kernels or use themselves, beside their dropout modules.
+RANDOM_RATES = (
+    *("dropout", "attention_dropout", "hidden_dropout", "residual_dropout", "activation_dropout"),
+    *("jitter_noise", "input_jitter_noise", "router_jitter_noise"),
+)
+
+
+def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
+    """Turn the adapter options into peft's configuration.
+
+    Args:
+        adapter: options.
+        model: the model, whose linear modules are looked up where ``all-linear`` is limited to some layers.
+
+    Returns:
+        A LoRA configuration without dropout (every run must see the same function).
+    """
+    targets = adapter.target_modules
+    if adapter.layers is not None and targets == "all-linear":
+        names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        targets = sorted({name.rsplit(".", 1)[-1] for name in names if ".layers." in f".{name}"})
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft takes floats
+        lora_dropout=0.0,
+        target_modules=targets,
+        layers_to_transform=adapter.layers,
+        task_type="CAUSAL_LM",
+    )
+
+
+def refuse_adapter(model: nn.Module) -> None:
+    """Refuse a model that carries an adapter: peft puts it into the model's own modules, also when it fails later.
+
+    Args:
+        model: any model.
+
+    Raises:
+        ModelError: it has an adapter.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ModelError("the model carries an adapter already (load the model anew, or merge and unload it first)")
+
+
+def add_adapter(model: PreTrainedModel, adapter: AdapterConfig | LoraConfig, seed: int) -> nn.Module:
+    """Put a LoRA adapter into a model.
+
+    Args:
+        model: model without an adapter; it is changed.
+        adapter: options, or peft's own configuration.
+        seed: seed of the adapter's initial weights.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        ModelError: peft refuses the configuration, or it trains more than LoRA matrices.
+    """
+    config = adapter if isinstance(adapter, LoraConfig) else lora_config(adapter, model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"model.adapter: {str(error).strip()}") from None
+    for name, value in adapted.named_parameters():
+        if value.requires_grad and not any(part in name for part in LORA_PARTS):
+            raise ModelError(
+                f"model.adapter: {name} would be trained beside the LoRA matrices and survive in the reference "
+                "(leave out modules_to_save, bias, use_dora and trainable tokens, or use full fine-tuning)"
+            )
+    return adapted
+
+
+def remove_chance(model: nn.Module) -> None:
+    """Set every dropout and noise rate to 0: each pass must see the same function, in training mode, too.
+
+    Args:
+        model: any model; it is changed.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in RANDOM_RATES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
