@@ -198,7 +198,8 @@ def fake_records(n: int = 60, text: str | None = None) -> RunRecords:
     partition = fake_partition(n, text)
     config = RunConfig.model_validate(
         {"output_dir": text or "runs/demo", "model": {"name_or_path": text or "tiny/model"}, "seed": 3,
-         "solve": {"folds": 2}, "data": {"pairs": text or "pairs.jsonl"}}
+         "solve": {"folds": 2}, "evaluation": {"controls": ["random_k", "full"]},
+         "data": {"pairs": text or "pairs.jsonl"}}
     )  # fmt: skip
     rewards = RewardTable(
         card=RewardCard(name=text or "embedding head A", n_train=15, pair_accuracy=0.733, pair_accuracy_low=0.556,

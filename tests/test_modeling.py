@@ -109,7 +109,7 @@ def test_the_reference_is_the_start_and_the_change_survives_it(adapter: bool) ->
         assert torch.allclose(policy.answer_sums(ITEMS), before, atol=1e-4)
     assert torch.equal(flat(policy.snapshot()), changed)
     assert torch.equal(policy.answer_sums(ITEMS), sums)
-    assert (sums - before).abs().min() > 1e-3
+    assert (sums - before).abs().max() > 1e-2
     assert torch.allclose(policy.reference_sums(ITEMS), before, atol=1e-4)
 
 

@@ -318,7 +318,7 @@ def test_shortages_say_what_to_do(lacking, options, expected):
         ({}, {}),
         ({}, {"solve": {"n_selected": 2}}),
         ({"finetune": ()}, {}),
-        ({"reward": ()}, {"reward": {"model": "implicit", "eval_model": "sequence_classification"}}),
+        ({"reward": ()}, {"reward": {"model": "token_value_head", "eval_model": "sequence_classification"}}),
     ],
 )
 def test_what_is_not_needed_may_be_absent(lacking, options):

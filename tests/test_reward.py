@@ -317,7 +317,7 @@ def test_analysis_without_preference_pairs_has_no_threshold() -> None:
     assert [row.low_token_frac for row in table.rows] == [None, None]
 
 
-@given(frac=st.floats(0.0, 1.0), n=st.integers(0, 12), start=st.integers(0, 40))
+@given(frac=st.floats(0.001, 1.0), n=st.integers(0, 12), start=st.integers(0, 40))
 def test_prefilter_keeps_the_stated_share_of_the_lowest_whatever_the_order(frac: float, n: int, start: int) -> None:
     rows, section = examples(n, start), RewardSection(prefilter_frac=frac)
     there = {row.id: row.kept for row in analyse(LENGTH, rows, [], section).rows}
