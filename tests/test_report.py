@@ -249,7 +249,7 @@ def test_what_was_done_counts_from_the_records() -> None:
 def test_changed_options_come_first() -> None:
     rows = {name: (value, default, differs) for name, value, default, differs in option_rows(fake_records().config)}
     changed = {name for name, row in rows.items() if row[2]}
-    assert changed == {"output_dir", "seed", "model.name_or_path", "data.pairs", "solve.folds"}
+    assert changed == {"output_dir", "seed", "model.name_or_path", "data.pairs", "solve.folds", "evaluation.controls"}
     assert rows["solve.folds"] == ("2", "4", True)
 
 
