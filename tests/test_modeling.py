@@ -273,8 +273,7 @@ def test_sums_and_reference_are_computed_in_evaluation_mode(adapter: bool) -> No
     assert seen
     assert not any(seen)
     assert [module.training for module in policy.model.modules()] == modes
-    assert True in modes
-    assert False in modes
+    assert set(modes) == {True, False}  # the mode that was restored is a mixed one
 
 
 def test_a_model_wrapped_for_data_parallelism_is_looked_into() -> None:

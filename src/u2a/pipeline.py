@@ -25,12 +25,13 @@ from u2a.evaluation.generation import generate
 from u2a.finetune import finetune, mixture, n_steps
 from u2a.model_loading import check_adapter_layers, load_model, load_tokenizer
 from u2a.modeling import Policy, weights_fingerprint
+from u2a.packaged import is_converted
 from u2a.partition import describe, partition
 from u2a.progress import Console
 from u2a.record import content_id, derive_seed
 from u2a.reward.analysis import analyse, build_reward_model, evaluation_section, reward_card, split_reward_pairs
 from u2a.reward.base import RewardModel
-from u2a.solution import Round, ScoreTable, Solution
+from u2a.solution import ScoreTable, Solution
 from u2a.stage_store import AnyRecord, StageStore
 from u2a.types import EvalTable, Partition, RewardCard, RewardTable, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver
@@ -87,8 +88,11 @@ class Pipeline:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
-        return load_tokenizer(self.config.model) if self._tokenizer is None else self._tokenizer
+        """The policy's tokenizer; a packaged model is converted here, once."""
+        if self._tokenizer is not None:
+            return self._tokenizer
+        with self.console.phase("load tokenizer" if is_converted(self.config.model.name_or_path) else "convert model"):
+            return load_tokenizer(self.config.model)
 
     @cached_property
     def policy(self) -> Policy:
@@ -242,10 +246,7 @@ class Pipeline:
         return [self._reward_options, config.solve.model_dump(), inner, config.guard.model_dump()]
 
     def _solve(self) -> Solution:
-        return solve(self._inner_solver, self.inner, self.outer, self.console, on_round=self._log_round)
-
-    def _log_round(self, record: Round) -> None:
-        self.store.log("round", record.model_dump(mode="json"))
+        return solve(self._inner_solver, self.inner, self.outer, self.console, self.store.log_round)
 
     def arm_weights(self, arm: str) -> dict[str, float] | None:
         """Weights of one arm; every control has as many samples as the solution.

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from u2a.errors import RecordError
 from u2a.progress import Console, peak_rss_bytes
 from u2a.record import Record, write_whole
+from u2a.solution import Round
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -150,6 +151,14 @@ class StageStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **data}, allow_nan=False) + "\n")
+
+    def log_round(self, record: Round) -> None:
+        """Append one round of selection to ``metrics.jsonl``.
+
+        Args:
+            record: the round.
+        """
+        self.log("round", record.model_dump(mode="json"))
 
     def _stages(self) -> dict[str, dict[str, Any]]:
         path = self.folder / "stages.json"

@@ -321,14 +321,18 @@ def agreement(losses: CandidateLosses, directions: Sequence[Params], found: Tens
         sample: candidates checked, spread over the set by id.
 
     Returns:
-        ||found - exact|| / ||exact|| over the sample, or None when the exact derivatives are all 0 or the model has a
-        kernel without forward mode (4-bit weights).
+        ||found - exact|| / ||exact||, or None when the exact ones are all 0 or a kernel has no forward mode (4-bit).
+
+    Raises:
+        RuntimeError: out of memory.
     """
     order = sorted(range(len(losses.rows)), key=lambda index: losses.ids[index])
     chosen = order[:: max(1, len(order) // sample)][:sample]
     try:
         exact = ForwardMode().derivatives(losses.subset(chosen), directions[:1], Quiet()).derivatives[:, 0]
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError as error:  # torch's own word for a kernel without forward mode, and for too little memory
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         return None
     size = float(exact.norm())
     return float((found[chosen, 0] - exact).norm()) / size if size > 0 else None
@@ -386,12 +390,11 @@ def score_all(
     slopes = _run(scorer, losses, directions, console)
     error = None if isinstance(scorer, ForwardMode) else agreement(losses, directions, slopes.derivatives)
     if error is None or error <= MAX_DISAGREEMENT:
-        return Scoring(slopes, scorer.name, error)
+        return Scoring(slopes, scorer.name, error)  # None: not checked
     exact = ForwardMode(f"jvp ({scorer.name} was off by {error:.0%})")
     return Scoring(_run(exact, losses, directions, console), exact.name, None)
 
 
 def _run(scorer: Scorer, losses: CandidateLosses, directions: Sequence[Params], console: Console) -> Slopes:
-    passes = scorer.passes(len(directions))
-    with console.phase("score candidates", passes * len(losses.rows), "candidates") as advance:
+    with console.phase("score candidates", scorer.passes(len(directions)) * len(losses.rows), "candidates") as advance:
         return scorer.derivatives(losses, directions, advance)
