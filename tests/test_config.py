@@ -84,7 +84,7 @@ OUT_OF_RANGE = {
     "guard.ppl_budget_frac": [-0.1],
     "partition.forget_frac": [1.2],
     "solve.folds": [0, 65],
-    "solve.damping": [0, "some"],
+    "solve.damping": [-1, "some"],
     "solve.reward_samples": [1],
     "solve.heldout_frac": [1.0],
     "seed": [-1, "null"],

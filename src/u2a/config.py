@@ -157,7 +157,12 @@ class SolveSection(Section):
     reward_samples: Annotated[int, Field(ge=2)] = option(4, "answers sampled per PA prompt by the reward objective")
     reward_max_new_tokens: Count = option(48, "tokens per answer of the reward objective and of each round's probe")
     adjoint: Literal["identity", "implicit"] = option("implicit", "how H^-1 is applied to the gradient of J")
-    damping: Literal["auto"] | Positive = option("auto", "damping of the curvature (auto: 1 / (learning rate x steps))")
+    curvature: Literal["hessian", "gauss_newton", "fisher", "adam"] = option(
+        "hessian", "what stands for H (adam: the metric of the optimiser)"
+    )
+    damping: Literal["auto"] | NonNegative = option(
+        "auto", "damping in units of the curvature's mean eigenvalue (auto: 1 / (learning rate x steps), absolute)"
+    )
     cg_steps: Count = option(10, "most matrix-vector products of a linear solve")
     cg_tol: Positive = option(1e-2, "relative residual at which a linear solve stops")
     curvature_samples: Count = option(16, "candidates whose losses make up the curvature")
@@ -193,7 +198,8 @@ class UnlearnSection(Section):
     npo_beta: Positive = option(0.1, "inverse temperature of NPO")
     retain_term: Literal["none", "nll", "kl", "proximal"] = option("nll", "retain term (grad_diff needs nll or kl)")
     retain_weight: NonNegative = option(1.0, "weight of the retain term (lambda)")
-    learning_rate: Positive = option(1e-4, "peak learning rate (AdamW)")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "optimiser of a run (sgd: without momentum)")
+    learning_rate: Positive = option(1e-4, "peak learning rate")
     max_steps: Count = option(30, "optimiser steps of a run")
     batch_size: Count = option(8, "samples per step and device")
     retain_batch_size: Count = option(4, "retain rows per step and device")

@@ -15,12 +15,14 @@ class SolveStatus(Row):
         steps: matrix-vector products used.
         residual: relative residual reached, computed from the definition.
         damping: damping finally used, absolute.
+        mean_eigenvalue: estimated mean eigenvalue of the curvature, the unit in which damping was asked for, or None.
     """
 
     status: Literal["converged", "max_steps", "negative_curvature", "closed_form"]
     steps: int
     residual: float
     damping: float
+    mean_eigenvalue: float | None = None
 
 
 class ScoreRow(Row):

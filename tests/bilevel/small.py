@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tiny import examples, tiny_model, tiny_tokenizer
-from u2a.bilevel.hypergrad import InnerHessian
+from u2a.bilevel.curvature import HessianOperator, InnerTerms
 from u2a.bilevel.score import CandidateLosses
 from u2a.config import AdapterConfig
 from u2a.encoding import Encoded
@@ -123,10 +123,15 @@ def inner_by_hand(
     return value
 
 
-def hessian(policy: Policy, loss: str, term: str, weight: float = 0.7) -> InnerHessian:
-    """The package's Hessian of the inner problem on three rows with ``WEIGHTS``."""
+def terms(policy: Policy, loss: str, term: str, weight: float = 0.7) -> InnerTerms:
+    """The inner problem on three rows with ``WEIGHTS``, as the package's curvatures take it."""
     rows = encode(policy, examples(3))
     value = make_loss(loss, 0.1)
     sums = policy.reference_sums(rows) if value.needs_reference else torch.zeros(3)
     retain = encode(policy, examples(2, start=40)) if term in ("nll", "kl") else ()
-    return InnerHessian(policy, value, rows, WEIGHTS, sums, retain, term, weight)  # type: ignore[arg-type]
+    return InnerTerms(policy, value, rows, WEIGHTS, sums, retain, term, weight)  # type: ignore[arg-type]
+
+
+def hessian(policy: Policy, loss: str, term: str, weight: float = 0.7) -> HessianOperator:
+    """The package's Hessian of the inner problem of :func:`terms`."""
+    return HessianOperator(terms(policy, loss, term, weight))

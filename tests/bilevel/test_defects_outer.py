@@ -11,7 +11,7 @@ from small import direction, hessian, small_policy
 
 from tiny import examples, pairs, tiny_policy
 from u2a.bilevel.gains import compute_gains, split_preference
-from u2a.bilevel.hypergrad import Identity, make_adjoint
+from u2a.bilevel.hypergrad import Identity, Implicit, make_adjoint
 from u2a.bilevel.objective import DPO, Margin, objective_gradient, objective_values
 from u2a.bilevel.score import CandidateLosses, Central
 from u2a.bilevel.select import top_block
@@ -30,13 +30,14 @@ def test_defect_01_the_hessian_is_really_inverted():
     """The released code divides by gamma = 1 and never calls its conjugate gradients."""
     policy = small_policy()
     operator, gradient = hessian(policy, "npo", "nll"), direction(policy, 1)
-    adjoint = make_adjoint(SolveSection(damping=3.0, cg_steps=200, cg_tol=1e-8), UnlearnSection())
-    found = adjoint.solve(gradient, operator)
+    adjoint = make_adjoint(SolveSection(cg_steps=200, cg_tol=1e-8))
+    assert isinstance(adjoint, Implicit)
+    found = adjoint.solve(gradient, operator, 3.0)
     rho = found.status.damping  # raised, since this Hessian is indefinite
     image = flatten(operator.product(found.value)) + rho * flatten(found.value)
     assert float((image - flatten(gradient)).norm()) < 1e-6
     assert found.status.steps > 1
-    plain = flatten(Identity(rho).solve(gradient, None).value)
+    plain = flatten(Identity(rho).solve(gradient).value)
     assert float((flatten(found.value) - plain).norm() / plain.norm()) > 1e-2
     assert SolveSection().adjoint == "implicit"
 

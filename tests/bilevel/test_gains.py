@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from small import B, candidate_losses, encode, inner_by_hand, loss_by_hand, smal
 from torch import Tensor, nn
 
 from tiny import examples, pairs
+from u2a.bilevel.attention import second_order_attention
 from u2a.bilevel.gains import OuterProblem, compute_gains, split_preference
-from u2a.bilevel.hypergrad import second_order_attention
 from u2a.bilevel.objective import CustomObjective, Margin
 from u2a.config import SolveSection, UnlearnSection
 from u2a.data import prompt_key
@@ -56,7 +57,8 @@ def test_gains_equal_the_dense_hypergradient_fold_by_fold(loss: str, term: str):
     with second_order_attention(policy):
         hessian = dense_hessian(f, theta)
     rho = 1.0 + max(0.0, -2.0 * float(torch.linalg.eigvalsh((hessian + hessian.T) / 2).min()))
-    settings_ = outer(damping=rho)
+    section = inner.section.model_copy(update={"learning_rate": 1.0 / rho, "max_steps": 1})
+    inner, settings_ = replace(inner, section=section), outer(damping="auto")  # 1 / (rate x steps) = rho
     folds = split_preference(settings_)
     gradients = per_sample_gradients([lambda p, r=r: loss_by_hand(loss, policy, r, p) for r in encoded], theta)
     found = compute_gains(policy, inner, settings_, folds, weights, QUIET)

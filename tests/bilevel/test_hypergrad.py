@@ -8,16 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import WEIGHTS, direction, encode, hessian, inner_by_hand, small_policy, theta_of
+from small import WEIGHTS, candidate_losses, direction, encode, hessian, inner_by_hand, small_policy, theta_of
 
 from tiny import examples, tiny_policy
-from u2a.bilevel.hypergrad import Identity, Implicit, InnerHessian, make_adjoint, second_order_attention, unit
+from u2a.bilevel.attention import second_order_attention
+from u2a.bilevel.curvature import Hessian, HessianOperator, InnerTerms, mean_eigenvalue
+from u2a.bilevel.hypergrad import Identity, Implicit, InnerPoint, make_adjoint
 from u2a.bilevel.linsolve import CG
-from u2a.bilevel.vectors import dot, norm, plus
+from u2a.bilevel.vectors import dot, norm, plus, unit
 from u2a.config import SolveSection, UnlearnSection
 from u2a.modeling import Policy
+from u2a.progress import Console
 from u2a.reference.dense import dense_gradient, dense_hessian, flatten, matrix_of, unflatten
+from u2a.unlearn import InnerProblem
 
+QUIET = Console(quiet=True)
 TERMS = ("none", "nll", "kl", "proximal")
 LOSSES = ("ga", "npo")
 
@@ -33,7 +38,7 @@ def test_product_is_the_derivative_of_the_gradient_of_the_inner_problem(loss: st
     policy = shared_policy()
     operator = hessian(policy, loss, term)
     retain = encode(policy, examples(2, start=40))
-    function = inner_by_hand(policy, (loss, term), operator.rows, WEIGHTS, retain)
+    function = inner_by_hand(policy, (loss, term), operator.terms.rows, WEIGHTS, retain)
     v, theta = direction(policy, 3), theta_of(policy)
     step = 1e-4
     above, below = (dense_gradient(function, plus(theta, v, sign * step)) for sign in (1.0, -1.0))
@@ -45,7 +50,7 @@ def test_product_is_the_derivative_of_the_gradient_of_the_inner_problem(loss: st
 def test_product_is_a_dense_hessian_with_its_retain_term():
     policy = shared_policy()
     operator = hessian(policy, "npo", "nll")
-    function = inner_by_hand(policy, ("npo", "nll"), operator.rows, WEIGHTS, operator.retain)
+    function = inner_by_hand(policy, ("npo", "nll"), operator.terms.rows, WEIGHTS, operator.terms.retain)
     with second_order_attention(policy):
         exact = dense_hessian(function, theta_of(policy))
     found = matrix_of(operator.product, policy.trainable())
@@ -83,13 +88,13 @@ def test_product_does_not_depend_on_batching_or_the_order_of_rows(term: str):
     policy.token_budget = 1
     alone = flatten(hessian(policy, "npo", term).product(v))
     operator, order = hessian(policy, "npo", term), [2, 0, 1]
-    rows = tuple(operator.rows[k] for k in order)
-    sums = operator.reference_sums[order]
-    shuffled = InnerHessian(
-        policy, operator.loss, rows, WEIGHTS[order], sums, operator.retain[::-1], operator.term, 0.7
+    rows = tuple(operator.terms.rows[k] for k in order)
+    sums = operator.terms.reference_sums[order]
+    shuffled = InnerTerms(
+        policy, operator.terms.loss, rows, WEIGHTS[order], sums, operator.terms.retain[::-1], operator.terms.term, 0.7
     )
     assert torch.allclose(alone, together, rtol=1e-6, atol=1e-7)
-    assert torch.allclose(flatten(shuffled.product(v)), together, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(flatten(HessianOperator(shuffled).product(v)), together, rtol=1e-6, atol=1e-7)
 
 
 def test_gradient_ascent_has_negative_curvature_somewhere():
@@ -108,12 +113,11 @@ def test_product_works_with_full_fine_tuning_and_leaves_theta_alone():
     assert all(value.grad is None for value in policy.trainable().values())
 
 
-def test_identity_divides_by_gamma_and_needs_no_curvature():
+def test_identity_divides_by_gamma():
     gradient = {"a": torch.tensor([2.0, 4.0])}
-    found = Identity(4.0).solve(gradient, None)
+    found = Identity(4.0).solve(gradient)
     assert found.value["a"].tolist() == [0.5, 1.0]
     assert (found.status.status, found.status.damping) == ("closed_form", 4.0)
-    assert not Identity().needs_curvature
 
 
 def test_implicit_on_the_policy_equals_a_dense_solve_of_the_damped_hessian():
@@ -123,31 +127,45 @@ def test_implicit_on_the_policy_equals_a_dense_solve_of_the_damped_hessian():
     matrix = (matrix + matrix.T) / 2
     rho = 1.0 - float(torch.linalg.eigvalsh(matrix).min())
     gradient = direction(policy, 9)
-    found = Implicit(CG(max_steps=200, tol=1e-8), rho).solve(gradient, operator)
+    found = Implicit(CG(max_steps=200, tol=1e-8)).solve(gradient, operator, rho)
     exact = torch.linalg.solve(matrix + rho * torch.eye(len(matrix)).double(), flatten(gradient))
     assert found.status.status == "converged"
     assert float((flatten(found.value) - exact).norm() / exact.norm()) < 1e-6
 
 
-def test_implicit_without_curvature_is_refused():
-    with pytest.raises(ValueError, match="needs a curvature"):
-        Implicit().solve({"a": torch.ones(2)}, None)
-
-
 def test_implicit_with_strong_damping_tends_to_identity():
     policy = shared_policy()
     operator, gradient = hessian(policy, "npo", "nll"), direction(policy, 10)
-    found = Implicit(CG(50, 1e-10), 1e7).solve(gradient, operator).value
-    assert torch.allclose(1e7 * flatten(found), flatten(Identity().solve(gradient, None).value), atol=1e-4)
+    found = Implicit(CG(50, 1e-10)).solve(gradient, operator, 1e7).value
+    assert torch.allclose(1e7 * flatten(found), flatten(Identity().solve(gradient).value), atol=1e-4)
 
 
-def test_automatic_damping_is_one_over_rate_times_steps():
-    adjoint = make_adjoint(SolveSection(), UnlearnSection(learning_rate=0.01, max_steps=20))
-    assert isinstance(adjoint, Implicit)
-    assert adjoint.damping == pytest.approx(5.0)
-    given_damping = make_adjoint(SolveSection(damping=0.3, cg_steps=7, cg_tol=1e-4), UnlearnSection())
-    assert given_damping == Implicit(CG(7, 1e-4), 0.3)
-    assert make_adjoint(SolveSection(adjoint="identity"), UnlearnSection()) == Identity()
+def point_of(policy: Policy, section: SolveSection, inner: UnlearnSection) -> InnerPoint:
+    rows = examples(3)
+    problem = InnerProblem(rows, section=inner)
+    return InnerPoint(policy, problem, problem.uniform(), candidate_losses(policy, problem.loss, rows), section)
+
+
+def test_automatic_damping_is_one_over_rate_times_steps_and_other_damping_is_in_mean_eigenvalues():
+    policy = small_policy()
+    inner = UnlearnSection(loss="npo", retain_term="none", learning_rate=0.01, max_steps=20)
+    gradient = direction(policy, 2)
+    section = SolveSection(adjoint="implicit", cg_steps=60, cg_tol=1e-6, scorer="jvp")
+    point = point_of(policy, section, inner)
+    found = Implicit(CG(60, 1e-6)).derivatives(point, [gradient], QUIET).solves[0]
+    assert found.mean_eigenvalue is None and found.status in ("converged", "negative_curvature")
+    assert found.damping == pytest.approx(5.0) or (found.status == "negative_curvature" and found.damping > 5.0)
+    matrix = matrix_of(Hessian().at(point.terms()).product, policy.trainable())
+    given_damping = Implicit(CG(60, 1e-6), damping=1e4).derivatives(point, [gradient], QUIET).solves[0]
+    assert given_damping.mean_eigenvalue is not None
+    assert given_damping.damping == pytest.approx(1e4 * given_damping.mean_eigenvalue)
+    exact = abs(float(matrix.trace())) / len(matrix)
+    assert mean_eigenvalue(Hessian().at(point.terms()), gradient, seed=0, probes=200) == pytest.approx(exact, rel=0.2)
+
+
+def test_configured_adjoint():
+    assert make_adjoint(SolveSection(damping=0.3, cg_steps=7, cg_tol=1e-4)) == Implicit(CG(7, 1e-4), Hessian(), 0.3)
+    assert make_adjoint(SolveSection(adjoint="identity")) == Identity()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from u2a.bilevel.hypergrad import Adjoint, Identity, Implicit
+from u2a.bilevel.hypergrad import Identity, Implicit
 from u2a.bilevel.linsolve import CG, Neumann
 from u2a.bilevel.vectors import dot
 from u2a.bilevel.weight import mirror_step
@@ -39,13 +39,17 @@ class Dense:
         return split(self.matrix @ flatten(vector))
 
 
-def engine_gains(adjoint: Adjoint, hessian: Tensor, slope: Tensor, gradients: Tensor) -> Tensor:
+def engine_gains(adjoint: Implicit | Identity, hessian: Tensor, slope: Tensor, gradients: Tensor) -> Tensor:
     """Gains as the pipeline computes them: u = H^-1 grad J, then -u' grad l_k."""
-    u = adjoint.solve(split(slope), Dense(hessian)).value
+    if isinstance(adjoint, Identity):
+        u = adjoint.solve(split(slope)).value
+    else:  # damping is absolute here: the unit is asked of a curvature, and none is built
+        damping = 0.0 if adjoint.damping == "auto" else float(adjoint.damping)
+        u = adjoint.solve(split(slope), Dense(hessian), damping).value
     return torch.tensor([-dot(u, split(row)) for row in gradients], dtype=torch.float64)
 
 
-def problem_gains(problem: QuadraticProblem, weights: Tensor, adjoint: Adjoint = EXACT) -> Tensor:
+def problem_gains(problem: QuadraticProblem, weights: Tensor, adjoint: Implicit | Identity = EXACT) -> Tensor:
     theta = problem.solution(weights)
     slope = dense_gradient(lambda p: problem.objective(p["theta"]), {"theta": theta})
     return engine_gains(adjoint, problem.hessian(weights), slope, problem.loss_gradients(theta))

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from u2a.bilevel.hypergrad import Adjoint, InnerHessian, make_adjoint
+from u2a.bilevel.hypergrad import InnerPoint, make_adjoint
 from u2a.bilevel.objective import DPO, NLL, Margin, Objective, objective_gradient
-from u2a.bilevel.score import CandidateLosses, score_all
+from u2a.bilevel.score import CandidateLosses
 from u2a.bilevel.select import FoldStatistics, fold_statistics, make_estimator, reliability
 from u2a.bilevel.vectors import dot
 from u2a.config import SolveSection
 from u2a.data import prompt_key
 from u2a.errors import ConfigError, DataError, NonFiniteError
-from u2a.modeling import Params, Policy
+from u2a.modeling import Policy
 from u2a.progress import Console
-from u2a.record import content_id, derive_seed
-from u2a.solution import ScoreRow, ScoreTable, SolveStatus
-from u2a.stream import permutation
+from u2a.record import content_id
+from u2a.solution import ScoreRow, ScoreTable
 from u2a.types import Pair
 from u2a.unlearn import InnerProblem
 
@@ -150,19 +149,17 @@ def compute_gains(
     with console.phase("gradient of J", sum(folds.sizes), "pairs") as advance:
         parts = [objective_gradient(objective, policy, fold, advance) for fold in items]
     losses = candidate_losses(policy, inner)
-    adjoint = make_adjoint(outer.section, inner.section)
-    directions, solves = _adjoints(
-        adjoint, [part.gradient for part in parts], _curvature(policy, inner, outer, weights), console
-    )
-    found = score_all(outer.section, losses, directions, console)
-    slopes = found.slopes.derivatives
+    adjoint = make_adjoint(outer.section)
+    point = InnerPoint(policy, inner, weights, losses, outer.section, outer.seed)
+    found = adjoint.derivatives(point, [part.gradient for part in parts], console)
+    slopes = found.values
     values = torch.cat([part.values for part in parts])
     _check(slopes, losses.ids)
     statistics = fold_statistics(-slopes, folds.sizes)
     estimates = make_estimator(outer.section).estimate(statistics)
     gram = torch.tensor([[dot(a.gradient, b.gradient) for b in parts] for a in parts], dtype=torch.float64)
     table = ScoreTable(
-        rows=_rows(losses, -slopes, statistics, estimates, found.slopes.losses),
+        rows=_rows(losses, -slopes, statistics, estimates, found.losses),
         objective=objective.name,
         loss=inner.loss_text,
         adjoint=adjoint.name,
@@ -171,7 +168,7 @@ def compute_gains(
         objective_value=float(values.mean()),
         objective_se=float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else None,
         reliability=reliability(-slopes, folds.sizes, gram, statistics),
-        solve=solves,
+        solve=found.solves,
         scorer_error=found.error,
     )
     return Gains(table, statistics, estimates)
@@ -191,43 +188,6 @@ def candidate_losses(policy: Policy, inner: InnerProblem) -> CandidateLosses:
     rows = tuple(encode(row.prompt, row.completion, row.source or row.id) for row in inner.forget)
     sums = policy.reference_sums(rows) if inner.loss.needs_reference else torch.zeros(len(rows))
     return CandidateLosses(policy, inner.loss, rows, sums, tuple(row.id for row in inner.forget))
-
-
-def _adjoints(
-    adjoint: Adjoint, gradients: Sequence[Params], curvature: InnerHessian, console: Console
-) -> tuple[list[Params], tuple[SolveStatus, ...]]:
-    """U of every fold."""
-    if not adjoint.needs_curvature:
-        solved = [adjoint.solve(gradient, None) for gradient in gradients]
-    else:
-        with console.phase("linear solve", len(gradients), "folds") as advance:
-            solved = []
-            for gradient in gradients:
-                solved.append(adjoint.solve(gradient, curvature))
-                advance.advance(1)
-    return [solution.value for solution in solved], tuple(solution.status for solution in solved)
-
-
-def _curvature(policy: Policy, inner: InnerProblem, outer: OuterProblem, weights: Mapping[str, float]) -> InnerHessian:
-    """Hessian of the inner problem on a seeded sample of the weighted candidates and retain rows."""
-    chosen = sorted((row for row in inner.forget if weights.get(row.id, 0.0) > 0), key=lambda row: row.id)
-    order = permutation(derive_seed(outer.seed, "curvature"), 0, len(chosen))[: outer.section.curvature_samples]
-    chosen = [chosen[k] for k in order]
-    encode = policy.encoder.encode
-    rows = tuple(encode(row.prompt, row.completion) for row in chosen)
-    mass = torch.tensor([weights[row.id] for row in chosen], dtype=torch.float64)
-    term = inner.section.retain_term
-    n_retain = max(1, outer.section.curvature_samples // 2) if term in ("nll", "kl") else 0
-    return InnerHessian(
-        policy=policy,
-        loss=inner.loss,
-        rows=rows,
-        weights=mass / mass.sum(),
-        reference_sums=policy.reference_sums(rows) if inner.loss.needs_reference else torch.zeros(len(rows)),
-        retain=tuple(encode(row.prompt, row.completion) for row in inner.retain[:n_retain]),
-        term=term,
-        retain_weight=inner.section.retain_weight,
-    )
 
 
 def _check(slopes: Tensor, ids: tuple[str, ...]) -> None:

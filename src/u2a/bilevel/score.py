@@ -17,7 +17,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from u2a.bilevel.hypergrad import second_order_attention, unit
+from u2a.bilevel.attention import second_order_attention
+from u2a.bilevel.vectors import unit
 from u2a.config import SolveSection
 from u2a.encoding import Encoded, token_batches
 from u2a.errors import NonFiniteError

@@ -113,3 +113,16 @@ def is_finite(vector: Params) -> bool:
         False when a NaN or an infinity is found.
     """
     return all(bool(torch.isfinite(value).all()) for value in vector.values())
+
+
+def unit(vector: Params) -> tuple[Params, float]:
+    """Return a vector of length 1 and the original length.
+
+    Args:
+        vector: any vector.
+
+    Returns:
+        (vector / length, length); the zero vector stays as it is.
+    """
+    length = norm(vector)
+    return (vector, 0.0) if length == 0.0 else (scaled(vector, 1.0 / length), length)
