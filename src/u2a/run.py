@@ -26,6 +26,7 @@ from u2a.pipeline import Pipeline, arms_of
 from u2a.progress import Console
 from u2a.record import derive_seed, write_whole
 from u2a.report import write_report
+from u2a.reward.cluster import candidate_clusters
 from u2a.run_records import RunRecords
 from u2a.unlearn import InnerProblem
 
@@ -264,7 +265,9 @@ def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConf
     tokenizer = load_tokenizer(section)
     seed = derive_seed(config.seed, "unlearn")
     inner = InnerProblem(sets.forget, sets.retain, (), unlearn, config.guard, seed)
-    outer = OuterProblem(sets.preference, config.solve, None, derive_seed(config.seed, "solve"))
+    solve_seed = derive_seed(config.seed, "solve")
+    clusters = candidate_clusters(config.solve, sets.forget, solve_seed)
+    outer = OuterProblem(sets.preference, config.solve, None, solve_seed, None, clusters)
     n_cut = count_truncated(sets, tokenizer, config.data.max_length)
     console.say(
         f"{len(sets.forget)} negatives, {len(sets.preference)} pairs; {n_cut} answers cut off at data.max_length"

@@ -35,6 +35,7 @@ class ScoreRow(Row):
         estimate: what selection ranks by (the gain after lower bound or shrinkage).
         fold_gains: the gain under each PA fold.
         loss: unlearning loss at the point of scoring, or None.
+        damage: predicted rise of the retain NLL per unit of weight, or None when not asked for.
         n_answer_tokens: answer tokens scored.
     """
 
@@ -44,6 +45,7 @@ class ScoreRow(Row):
     estimate: float
     fold_gains: tuple[float, ...] = ()
     loss: float | None = None
+    damage: float | None = None
     n_answer_tokens: int = 0
 
 

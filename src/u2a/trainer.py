@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from u2a.callbacks import FiniteGradients, StreamPosition
 from u2a.config import AdapterConfig, DataSection, FieldMap, GuardSection, ModelSection
 from u2a.data import parse_examples
-from u2a.encoding import Batch, Encoded, token_batches
+from u2a.encoding import Encoded, token_batches
 from u2a.errors import ConfigError, ModelError, NonFiniteError
 from u2a.guard import CollapseGuard, GuardResult
-from u2a.losses import UnlearningLoss, check_retain, kl_from_reference, make_loss
+from u2a.inner_loss import InnerLoss
+from u2a.losses import UnlearningLoss, check_retain, make_loss
 from u2a.model_loading import load_model, load_tokenizer
 from u2a.modeling import Policy, answer_log_probs
 from u2a.record import derive_seed
@@ -111,6 +112,7 @@ class UnlearnTrainer(Trainer):
 
     Attributes:
         policy: the policy under training.
+        inner_loss: the loss of a micro-batch.
         guard: the collapse guard, or None.
         guard_result: how the guard ended the last ``train()``.
         phase: name of what is done, for the message of a ``NonFiniteError``.
@@ -136,9 +138,9 @@ class UnlearnTrainer(Trainer):
     ) -> None:
         args = UnlearnConfig(output_dir="u2a-output") if args is None else args
         self.policy = _policy(model, processing_class, peft_config, args)
-        self.unlearning_loss = args.loss_value()
-        self._ref_model = None if ref_model is None else ref_model.eval().requires_grad_(False)
-        _place(self.policy.model, self._ref_model, args)
+        reference = None if ref_model is None else ref_model.eval().requires_grad_(False)
+        _place(self.policy.model, reference, args)
+        self.inner_loss = InnerLoss(self.policy, args.loss_value(), args.retain_term, args.retain_weight, reference)
         if args.retain_term == "kl" and not self.policy.has_adapter and ref_model is None:
             raise ConfigError("retain_term 'kl' with full fine-tuning needs ref_model (with an adapter it does not)")
         self._examples = as_examples(train_dataset, args.loss == "sft")
@@ -148,7 +150,6 @@ class UnlearnTrainer(Trainer):
         if args.retain_term in ("nll", "kl") and not self._retain and train_dataset is not None:
             raise ConfigError(f"retain_term {args.retain_term!r} needs a retain_dataset (or set retain_term to none)")
         args.label_names = args.label_names or []
-        self._config = args
         world = max(1, args.world_size)
         per_step = args.train_batch_size * args.gradient_accumulation_steps * world
         epoch_length = math.ceil(len(self._examples) / per_step) * per_step
@@ -196,8 +197,9 @@ class UnlearnTrainer(Trainer):
         """Encode rows and attach weights (mean 1), reference log-probabilities, and numbers from ``first`` on."""
         encoded = self._encode(examples)
         sums = torch.zeros(len(encoded))
-        if self.unlearning_loss.needs_reference and encoded:
-            sums = self.policy.reference_sums(encoded) if self._ref_model is None else self._sums_of(encoded)
+        if self.inner_loss.loss.needs_reference and encoded:
+            own = self.inner_loss.ref_model is None
+            sums = self.policy.reference_sums(encoded) if own else self._sums_of(encoded)
         weights = [1.0 if row.weight is None else row.weight for row in examples]
         scale = len(weights) / math.fsum(weights) if weights else 1.0
         rows = zip(encoded, weights, sums.tolist(), strict=True)
@@ -209,7 +211,7 @@ class UnlearnTrainer(Trainer):
         out = torch.zeros(len(encoded))
         for batch in token_batches(encoded, self.policy.token_budget):
             rows = self.policy.collate([encoded[index] for index in batch])
-            out[batch] = answer_log_probs(self._ref_model, rows).sum.float().cpu()  # type: ignore[arg-type]
+            out[batch] = answer_log_probs(self.inner_loss.ref_model, rows).sum.float().cpu()  # type: ignore[arg-type]
         return out
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StreamSampler:
@@ -240,38 +242,18 @@ class UnlearnTrainer(Trainer):
         ids = [self._ids[k] for k in inputs["index"].tolist()]
         if model.training:
             self._step_ids.append(ids)
-        answers = answer_log_probs(model, Batch(**inputs["forget"]))
-        losses = self.unlearning_loss.per_sample(answers, inputs["reference_sum"])
+        losses = self.inner_loss.per_sample(model, inputs)
         if not torch.isfinite(losses).all():
             bad = [name for name, loss in zip(ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
             raise NonFiniteError("loss", self.phase, self.state.global_step, bad)
-        forget = (inputs["weight"] * losses).mean()
-        retain = self._retain_loss(model, inputs)
+        retain = self.inner_loss.retain(model, inputs)
         if retain is not None and not torch.isfinite(retain):
-            raise NonFiniteError(f"retain term ({self._config.retain_term})", self.phase, self.state.global_step)
-        loss = forget if retain is None else forget + self._config.retain_weight * retain
-        self._parts = {"forget_loss": float(forget.detach())} | (
+            raise NonFiniteError(f"retain term ({self.inner_loss.retain_term})", self.phase, self.state.global_step)
+        loss = self.inner_loss.total(losses, inputs["weight"], retain)
+        self._parts = {"forget_loss": float((inputs["weight"] * losses.detach()).mean())} | (
             {} if retain is None else {"retain_loss": float(retain.detach())}
         )
         return (loss, {"per_sample": losses}) if return_outputs else loss
-
-    def _retain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        """Mean over retain rows of the per-row mean over answer tokens; or the proximal term; or None."""
-        if self._config.retain_term == "proximal":
-            return self.policy.change_sq()
-        if "retain" not in inputs:
-            return None
-        batch = Batch(**inputs["retain"])
-        answers = answer_log_probs(model, batch)
-        if self._config.retain_term == "nll":
-            return -answers.mean.mean()
-        with torch.no_grad():
-            if self._ref_model is not None:
-                reference = answer_log_probs(self._ref_model, batch)
-            else:
-                with self.policy.reference() as start:
-                    reference = answer_log_probs(start, batch)
-        return kl_from_reference(answers.logits, reference.logits, answers.mask).mean()
 
     def train(self, *positional: Any, **named: Any) -> Any:
         """Train as the base class does, then let the guard settle a breach of the budget.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from u2a.callbacks import StepReporter
@@ -85,7 +85,7 @@ def unlearn(
     output_dir: str | Path | None = None,
     advance: Advance | None = None,
 ) -> UnlearnResult:
-    """Solve the inner problem from theta_0 by ``section.max_steps`` AdamW steps; the policy is left at theta*(omega).
+    """Solve the inner problem from theta_0 by ``section.max_steps`` steps; the policy is left at theta*(omega).
 
     Args:
         policy: the policy; it is reset to theta_0 first.
@@ -113,13 +113,8 @@ def unlearn(
             policy, [encode(r.prompt, r.completion, r.source) for r in problem.guard_rows], problem.guard
         )
     with _folder(None if output_dir is None else Path(output_dir) / _problem_id(problem, rows)) as folder:
-        trainer = UnlearnTrainer(
-            model=policy,
-            args=_arguments(problem, policy, folder, len(rows)),
-            train_dataset=rows,
-            retain_dataset=problem.retain,
-            callbacks=[StepReporter(advance or Quiet()), *([guard] if guard else [])],
-        )
+        callbacks = [StepReporter(advance or Quiet()), *([guard] if guard else [])]
+        trainer = trainer_of(policy, problem, rows, folder, callbacks)
         trainer.phase = arm
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if problem.section.save_steps else None)
@@ -207,6 +202,34 @@ def weighted_rows(forget: tuple[Example, ...], weights: Mapping[str, float]) -> 
     return rows
 
 
+def trainer_of(
+    policy: Policy,
+    problem: InnerProblem,
+    rows: tuple[Example, ...],
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> UnlearnTrainer:
+    """Make the trainer of one run; whatever wants to know what a run does, asks this trainer.
+
+    Args:
+        policy: the policy; its theta is not changed.
+        problem: retain rows and options.
+        rows: candidates that carry their weights, as :func:`weighted_rows` returns them.
+        folder: its output directory.
+        callbacks: further callbacks.
+
+    Returns:
+        The trainer, ready to train.
+    """
+    return UnlearnTrainer(
+        model=policy,
+        args=_arguments(problem, policy, folder, len(rows)),
+        train_dataset=rows,
+        retain_dataset=problem.retain,
+        callbacks=list(callbacks),
+    )
+
+
 def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int) -> UnlearnConfig:
     section = problem.section
     return UnlearnConfig(
@@ -224,7 +247,7 @@ def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int)
         per_device_train_batch_size=min(section.batch_size, n_rows),
         gradient_accumulation_steps=section.gradient_accumulation_steps,
         max_grad_norm=section.max_grad_norm,
-        optim="adamw_torch",
+        optim="sgd" if section.optimizer == "sgd" else "adamw_torch",
         weight_decay=0.0,
         logging_steps=1,
         save_strategy="steps" if section.save_steps else "no",

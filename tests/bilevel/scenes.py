@@ -31,6 +31,7 @@ FAST = {
     "scorer": "jvp",
     "folds": 3,
     "final_refine": False,
+    "refine_adjoint": "screening",
 }
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tiny import examples, tiny_model, tiny_tokenizer
-from u2a.bilevel.curvature import HessianOperator, InnerTerms
-from u2a.bilevel.score import CandidateLosses
+from u2a.bilevel.candidates import CandidateLosses
+from u2a.bilevel.curvature import HessianOperator
+from u2a.bilevel.inner_terms import InnerTerms
 from u2a.config import AdapterConfig
 from u2a.encoding import Encoded
 from u2a.losses import UnlearningLoss, make_loss

@@ -10,10 +10,11 @@ from scenes import INNER, QUIET, ROWS, outer, run, scripted
 from small import direction, hessian, small_policy
 
 from tiny import examples, pairs, tiny_policy
-from u2a.bilevel.gains import compute_gains, split_preference
+from u2a.bilevel.candidates import CandidateLosses
+from u2a.bilevel.differences import Central
+from u2a.bilevel.gains import Reached, compute_gains, split_preference
 from u2a.bilevel.hypergrad import Identity, Implicit, make_adjoint
 from u2a.bilevel.objective import DPO, Margin, objective_gradient, objective_values
-from u2a.bilevel.score import CandidateLosses, Central
 from u2a.bilevel.select import top_block
 from u2a.bilevel.solve import _warm_up, random_weights
 from u2a.bilevel.weight import mirror_step, penalty, penalty_gradient, refine
@@ -151,7 +152,7 @@ def test_defect_09_a_nan_score_stops_and_names_its_candidate(scorer: str, monkey
     monkeypatch.setattr(CandidateLosses, "of", poisoned)
     problem = outer(scorer=scorer)
     with pytest.raises(NonFiniteError) as caught:
-        compute_gains(policy, INNER, problem, split_preference(problem), INNER.uniform(), QUIET)
+        compute_gains(policy, INNER, problem, split_preference(problem), Reached(INNER.uniform()), QUIET)
     assert caught.value.ids == [ROWS[5].id]
 
 
@@ -181,7 +182,7 @@ def test_defect_11_the_retain_term_is_part_of_the_inner_curvature():
         inner = InnerProblem(
             ROWS, examples(3, start=40), section=section.model_copy(update={"retain_weight": weight}), seed=1
         )
-        gains.append(compute_gains(policy, inner, problem, split_preference(problem), inner.uniform(), QUIET))
+        gains.append(compute_gains(policy, inner, problem, split_preference(problem), Reached(inner.uniform()), QUIET))
     first, second = (part.statistics.gain for part in gains)
     assert float((first - second).norm() / first.norm()) > 1e-2
 
@@ -211,7 +212,7 @@ def test_defect_24_scores_belong_to_ids_whatever_the_batch_size():
         policy = tiny_policy(lora_b_sd=0.1, token_budget=budget)
         inner = InnerProblem(tuple(ROWS[k] for k in order), section=INNER.section)
         problem = outer(scorer="jvp")
-        table = compute_gains(policy, inner, problem, split_preference(problem), inner.uniform(), QUIET).table
+        table = compute_gains(policy, inner, problem, split_preference(problem), Reached(inner.uniform()), QUIET).table
         found.append({row.id: row.gain for row in table.rows})
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-3, abs=1e-5)

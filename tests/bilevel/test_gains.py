@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiny import examples, pairs
 from u2a.bilevel.attention import second_order_attention
-from u2a.bilevel.gains import OuterProblem, compute_gains, split_preference
+from u2a.bilevel.gains import OuterProblem, Reached, compute_gains, split_preference
 from u2a.bilevel.objective import CustomObjective, Margin
 from u2a.config import SolveSection, UnlearnSection
 from u2a.data import prompt_key
@@ -61,7 +61,7 @@ def test_gains_equal_the_dense_hypergradient_fold_by_fold(loss: str, term: str):
     inner, settings_ = replace(inner, section=section), outer(damping="auto")  # 1 / (rate x steps) = rho
     folds = split_preference(settings_)
     gradients = per_sample_gradients([lambda p, r=r: loss_by_hand(loss, policy, r, p) for r in encoded], theta)
-    found = compute_gains(policy, inner, settings_, folds, weights, QUIET)
+    found = compute_gains(policy, inner, settings_, folds, Reached(weights), QUIET)
     for index, fold in enumerate(folds.folds):
         slope = dense_gradient(lambda p, fold=fold: margin_of(policy, fold, p), theta)
         exact = implicit_gains(hessian, slope, gradients, rho)
@@ -76,7 +76,7 @@ def test_a_step_along_a_positive_gain_raises_the_objective():
     """Ground truth of the sign on the policy itself: unlearn one candidate a little and measure J."""
     policy = small_policy()
     settings_ = outer(adjoint="identity")
-    found = compute_gains(policy, problem("ga", "none"), settings_, split_preference(settings_), {}, QUIET)
+    found = compute_gains(policy, problem("ga", "none"), settings_, split_preference(settings_), Reached({}), QUIET)
     theta = theta_of(policy)
     losses = candidate_losses(policy, make_loss("ga", B), ROWS)
     folds = split_preference(settings_)
@@ -91,8 +91,8 @@ def test_a_step_along_a_positive_gain_raises_the_objective():
 def test_central_scorer_agrees_and_reports_how_well():
     policy, inner = small_policy(), problem()
     folds = split_preference(outer())
-    exact = compute_gains(policy, inner, outer(), folds, inner.uniform(), QUIET)
-    central = compute_gains(policy, inner, outer(scorer="central"), folds, inner.uniform(), QUIET)
+    exact = compute_gains(policy, inner, outer(), folds, Reached(inner.uniform()), QUIET)
+    central = compute_gains(policy, inner, outer(scorer="central"), folds, Reached(inner.uniform()), QUIET)
     assert exact.table.scorer_error is None
     assert central.table.scorer_error < 1e-2
     assert torch.allclose(central.statistics.gain, exact.statistics.gain, rtol=0.05, atol=1e-4)
@@ -100,7 +100,7 @@ def test_central_scorer_agrees_and_reports_how_well():
 
 def test_table_records_what_was_done():
     policy, inner = small_policy(), problem()
-    found = compute_gains(policy, inner, outer(), split_preference(outer()), inner.uniform(), QUIET)
+    found = compute_gains(policy, inner, outer(), split_preference(outer()), Reached(inner.uniform()), QUIET)
     table = found.table
     assert (table.objective, table.loss, table.scorer) == ("margin", "npo(beta=0.1) + 0.7 nll", "jvp")
     items = Margin().prepare(policy, PAIRS)
@@ -120,10 +120,10 @@ def test_gains_belong_to_ids_whatever_the_order_and_the_batches(order: list[int]
     options = outer(curvature_samples=3, damping=5.0, cg_tol=1e-7)
     inner = problem("npo", "none")
     folds = split_preference(options)
-    first = compute_gains(small_policy(), inner, options, folds, inner.uniform(), QUIET).table
+    first = compute_gains(small_policy(), inner, options, folds, Reached(inner.uniform()), QUIET).table
     other = InnerProblem(tuple(ROWS[k] for k in order), section=inner.section)
     policy = small_policy(token_budget=budget)
-    second = compute_gains(policy, other, options, folds, inner.uniform(), QUIET).table
+    second = compute_gains(policy, other, options, folds, Reached(inner.uniform()), QUIET).table
     gains = {row.id: row.gain for row in second.rows}
     assert [gains[row.id] for row in first.rows] == pytest.approx([row.gain for row in first.rows], rel=1e-5)
 
@@ -134,7 +134,7 @@ def test_a_sample_of_the_candidates_stands_for_all_in_the_curvature():
     same = tuple(ROWS[0].model_copy(update={"id": f"copy{k}"}) for k in range(4))
     inner = InnerProblem(same, section=problem("npo", "none").section)
     few, every = (
-        compute_gains(policy, inner, settings_, split_preference(settings_), inner.uniform(), QUIET)
+        compute_gains(policy, inner, settings_, split_preference(settings_), Reached(inner.uniform()), QUIET)
         for settings_ in (outer(damping=5.0, curvature_samples=size) for size in (2, 16))
     )
     assert torch.allclose(few.statistics.gain, every.statistics.gain, rtol=1e-5)
@@ -145,10 +145,10 @@ def test_more_folds_than_prompts_gives_one_prompt_per_fold():
     few = OuterProblem(pairs(3), SolveSection(folds=8, heldout_frac=0.0, adjoint="identity"))
     folds = split_preference(few)
     assert folds.sizes == [1, 1, 1]
-    found = compute_gains(policy, inner, few, folds, inner.uniform(), QUIET)
+    found = compute_gains(policy, inner, few, folds, Reached(inner.uniform()), QUIET)
     assert found.table.reliability.n_folds == 3
     one = OuterProblem(pairs(1), few.section)
-    single = compute_gains(policy, inner, one, split_preference(one), inner.uniform(), QUIET)
+    single = compute_gains(policy, inner, one, split_preference(one), Reached(inner.uniform()), QUIET)
     assert single.table.rows[0].gain_se is None
     assert single.table.reliability.split_half is None
     assert single.table.objective_se is None
@@ -161,7 +161,7 @@ def test_objective_without_gradient_gives_zero_gains():
         return torch.stack([0.0 * next(p for p in model.parameters() if p.requires_grad).sum() for _ in rows])
 
     zero = OuterProblem(PAIRS, SolveSection(folds=3), CustomObjective(flat))
-    found = compute_gains(policy, inner, zero, split_preference(zero), inner.uniform(), QUIET)
+    found = compute_gains(policy, inner, zero, split_preference(zero), Reached(inner.uniform()), QUIET)
     assert [row.gain for row in found.table.rows] == [0.0] * 4
     assert found.table.scorer_error is None
     assert {status.steps for status in found.table.solve} == {0}
@@ -181,7 +181,7 @@ def test_non_finite_candidate_is_named(scorer: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(inner.loss), "per_sample", poisoned)
     options = outer(scorer=scorer, adjoint="identity")
     with pytest.raises(NonFiniteError) as caught:
-        compute_gains(policy, inner, options, split_preference(options), inner.uniform(), QUIET)
+        compute_gains(policy, inner, options, split_preference(options), Reached(inner.uniform()), QUIET)
     assert caught.value.ids == [ROWS[1].id]
 
 

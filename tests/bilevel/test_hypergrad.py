@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from small import WEIGHTS, candidate_losses, direction, encode, hessian, inner_by_hand, small_policy, theta_of
 
 from tiny import examples, tiny_policy
+from u2a.bilevel.adjoint import InnerPoint
 from u2a.bilevel.attention import second_order_attention
-from u2a.bilevel.curvature import Hessian, HessianOperator, InnerTerms, mean_eigenvalue
-from u2a.bilevel.hypergrad import Identity, Implicit, InnerPoint, make_adjoint
+from u2a.bilevel.curvature import Hessian, HessianOperator
+from u2a.bilevel.hypergrad import Identity, Implicit, make_adjoint
+from u2a.bilevel.inner_terms import InnerTerms
 from u2a.bilevel.linsolve import CG
+from u2a.bilevel.operators import mean_eigenvalue
 from u2a.bilevel.vectors import dot, norm, plus, unit
 from u2a.config import SolveSection, UnlearnSection
 from u2a.modeling import Policy
@@ -159,8 +162,8 @@ def test_automatic_damping_is_one_over_rate_times_steps_and_other_damping_is_in_
     given_damping = Implicit(CG(60, 1e-6), damping=1e4).derivatives(point, [gradient], QUIET).solves[0]
     assert given_damping.mean_eigenvalue is not None
     assert given_damping.damping == pytest.approx(1e4 * given_damping.mean_eigenvalue)
-    exact = abs(float(matrix.trace())) / len(matrix)
-    assert mean_eigenvalue(Hessian().at(point.terms()), gradient, seed=0, probes=200) == pytest.approx(exact, rel=0.2)
+    size = float(torch.linalg.eigvalsh((matrix + matrix.T) / 2).abs().mean())  # |lambda|: this matrix is indefinite
+    assert mean_eigenvalue(Hessian().at(point.terms()), gradient, seed=0, probes=60) == pytest.approx(size, rel=0.3)
 
 
 def test_configured_adjoint():

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from u2a.bilevel.linsolve import CG, Neumann
+from u2a.bilevel.linsolve import CG, Neumann, neumann_step
 from u2a.errors import NonFiniteError, NotConverged
 from u2a.modeling import Params
 from u2a.reference.dense import flatten, unflatten
@@ -127,8 +127,62 @@ def test_singular_operator_with_a_right_side_in_its_range_needs_no_damping():
 
 
 def test_zero_operator_without_damping_is_refused():
-    with pytest.raises(NotConverged, match=r"solve\.damping"):
-        CG().solve(operator(torch.zeros(SIZE, SIZE).double()), draw(6), 0.0)
+    zero = operator(torch.zeros(SIZE, SIZE).double())
+    with pytest.raises(NotConverged, match=r"0 along the gradient .*solve\.damping"):
+        CG().solve(zero, draw(6), 0.0)
+    found = CG().solve(zero, draw(6), 0.5)
+    assert torch.allclose(flatten(found.value), 2.0 * flatten(draw(6)))
+    assert (found.status.status, found.status.damping, found.status.steps) == ("converged", 0.5, 1)
+
+
+def test_damping_that_cancels_the_operator_is_raised():
+    found = CG().solve(operator(-torch.eye(SIZE).double()), draw(6), 1.0)
+    assert (found.status.status, found.status.damping) == ("negative_curvature", 4.0)
+    assert torch.allclose(flatten(found.value), flatten(draw(6)) / 3.0)
+
+
+def test_right_side_along_which_curvatures_cancel_exactly_is_damped_by_the_size_of_the_operator():
+    swap = torch.eye(SIZE).double().flip(0)  # eigenvalues 1 and -1; e_1' A e_1 = 0
+    right = unflatten(torch.eye(SIZE).double()[0], draw(0))
+    found = CG(max_steps=20, tol=1e-10).solve(operator(swap), right, 0.0)
+    assert found.status.status == "negative_curvature"
+    assert 1.0 < found.status.damping < 8.0
+    assert true_residual(swap, found.status.damping, found.value, right) < 1e-10
+
+
+@given(seed=st.integers(0, 1000))
+def test_negative_curvature_orthogonal_to_the_right_side_does_no_harm(seed: int):
+    eigenvalues = torch.cat([torch.tensor([-3.0]), torch.linspace(1.0, 4.0, SIZE - 1)])
+    matrix = symmetric(seed, eigenvalues)
+    bad = torch.linalg.eigh(matrix).eigenvectors[:, 0]
+    column = flatten(draw(seed))
+    column -= (bad @ column) * bad
+    found = CG(max_steps=40, tol=1e-9).solve(operator(matrix), unflatten(column, draw(seed)), 0.0)
+    assert (found.status.status, found.status.damping) == ("converged", 0.0)
+    assert torch.allclose(flatten(found.value), torch.linalg.solve(matrix, column), atol=1e-7)
+
+
+@given(seed=st.integers(0, 1000), share=st.sampled_from([1e-6, 1e-3, 1.0]))
+def test_negative_curvature_hidden_in_a_small_part_of_the_right_side_is_found(seed: int, share: float):
+    eigenvalues = torch.cat([torch.tensor([-3.0]), torch.linspace(1.0, 4.0, SIZE - 1)])
+    matrix = symmetric(seed, eigenvalues)
+    bad = torch.linalg.eigh(matrix).eigenvectors[:, 0]
+    column = flatten(draw(seed))
+    column += (share - bad @ column) * bad
+    found = CG(max_steps=40, tol=1e-10).solve(operator(matrix), unflatten(column, draw(seed)), 0.0)
+    assert found.status.status == "negative_curvature"
+    assert found.status.damping > 3.0
+
+
+def test_singular_operator_and_a_right_side_outside_of_its_range_in_float32():
+    eigenvalues = torch.cat([torch.zeros(3), torch.linspace(1.0, 4.0, SIZE - 3)])
+    matrix, right = symmetric(14, eigenvalues), draw(14, torch.float32)
+    found = CG(max_steps=60, tol=1e-3).solve(operator(matrix), right, 0.0)
+    assert found.status.status == "negative_curvature"
+    assert 1e-7 < found.status.damping < 1e-2
+    assert found.status.residual == pytest.approx(
+        true_residual(matrix, found.status.damping, found.value, right), abs=0.1
+    )
 
 
 @given(exponent=st.integers(-60, 60), seed=st.integers(0, 100))
@@ -183,6 +237,43 @@ def test_neumann_is_the_partial_sum_of_the_series(terms: int):
     assert torch.allclose(flatten(found.value), step * sum(powers) @ flatten(right), atol=1e-12)
     assert found.status.status == "max_steps"
     assert found.status.residual == pytest.approx(true_residual(matrix, 0.5, found.value, right), rel=1e-9)
+
+
+@settings(max_examples=12)
+@given(exponent=st.integers(-40, 40), seed=st.integers(0, 200), damping=st.sampled_from([0.0, 0.4]))
+def test_neumann_finds_a_step_that_converges(exponent: int, seed: int, damping: float):
+    unit = 2.0**exponent
+    matrix, right = unit * symmetric(seed, POSITIVE), draw(seed)
+    step = neumann_step(operator(matrix), right, unit * damping, seed)
+    assert 1.0 / (8.0 + damping) <= step * unit * (1 + 1e-9) < 1.5 / (8.0 + damping)
+    found = Neumann(max_steps=2000, tol=1e-8).solve(operator(matrix), right, unit * damping)
+    exact = torch.linalg.solve(matrix + unit * damping * torch.eye(SIZE).double(), flatten(right))
+    assert found.status.status == "converged"
+    assert torch.allclose(flatten(found.value), exact, rtol=1e-5, atol=1e-5 * float(exact.norm()))
+
+
+def test_neumann_counts_the_products_of_its_step():
+    matrix, calls = symmetric(15, POSITIVE), []
+
+    def counted(vector: Params) -> Params:
+        calls.append(1)
+        return operator(matrix)(vector)
+
+    for solver in (Neumann(), Neumann(max_steps=3, tol=1e-12), Neumann(0.1)):
+        calls.clear()
+        assert solver.solve(counted, draw(15), 0.1).status.steps == len(calls)
+    assert [Neumann().name, Neumann(0.1).name] == [
+        "neumann(step=auto, max_steps=50)",
+        "neumann(step=0.1, max_steps=50)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "matrix", [-torch.eye(SIZE), torch.zeros(SIZE, SIZE), torch.diag(torch.linspace(-9.0, 4.0, SIZE))]
+)
+def test_neumann_refuses_curvature_for_which_no_step_converges(matrix: Tensor):
+    with pytest.raises(NotConverged, match=r"solve\.damping"):
+        Neumann().solve(operator(matrix.double()), draw(16), 0.0)
 
 
 def test_neumann_refuses_to_diverge():

@@ -12,20 +12,18 @@ from small import direction, small_policy, summed, theta_of
 from torch import nn
 
 from tiny import pairs, tiny_policy
+from u2a.bilevel.candidates import shifted
 from u2a.bilevel.objective import (
     DPO,
     NLL,
     CustomObjective,
-    Drawn,
-    ExpectedReward,
     Margin,
     Objective,
     item_batches,
-    leave_one_out,
     objective_gradient,
     objective_values,
 )
-from u2a.bilevel.score import shifted
+from u2a.bilevel.reward_objective import Drawn, ExpectedReward, leave_one_out
 from u2a.errors import NonFiniteError
 from u2a.modeling import Policy
 from u2a.reference.dense import dense_gradient, flatten

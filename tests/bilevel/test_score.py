@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,23 +15,15 @@ from small import candidate_losses, direction, loss_by_hand, small_policy, theta
 from torch.overrides import TorchFunctionMode
 
 from tiny import examples, pairs, tiny_model, tiny_policy, tiny_tokenizer
+from u2a.bilevel.backward import BatchedBackward
+from u2a.bilevel.candidates import CandidateLosses, Sample, Slopes, exact_sample, losses_at_reference, shifted
+from u2a.bilevel.differences import Central, OneSided, choose_step
+from u2a.bilevel.forward_mode import ForwardMode
 from u2a.bilevel.objective import Margin, objective_gradient, objective_values
-from u2a.bilevel.score import (
-    CandidateLosses,
-    Central,
-    ForwardMode,
-    OneSided,
-    Scorer,
-    Slopes,
-    agreement,
-    choose_step,
-    make_scorer,
-    score_all,
-    shifted,
-)
+from u2a.bilevel.score import Scorer, agreement, make_scorer, score_all
 from u2a.bilevel.vectors import dot, plus, scaled
 from u2a.config import AdapterConfig, SolveSection
-from u2a.errors import NonFiniteError
+from u2a.errors import ConfigError, NonFiniteError
 from u2a.losses import GA, make_loss
 from u2a.modeling import AnswerLogProbs, Policy
 from u2a.progress import Console, Quiet
@@ -38,8 +31,8 @@ from u2a.reference.dense import flatten, per_sample_gradients
 
 QUIET = Console(quiet=True)
 ROWS = examples(6)
-SCORERS = {"central": Central(), "one_sided": OneSided(), "jvp": ForwardMode()}
-TOLERANCE = {"central": 1e-3, "one_sided": 2e-2, "jvp": 1e-9}
+SCORERS = {"backward": BatchedBackward(), "central": Central(), "one_sided": OneSided(), "jvp": ForwardMode()}
+TOLERANCE = {"backward": 1e-9, "central": 5e-3, "one_sided": 2e-2, "jvp": 1e-9}
 
 
 @lru_cache
@@ -90,7 +83,7 @@ def test_float32_scores_on_the_two_layer_policy_rank_as_exact_ones(name: str):
     u = {key: torch.randn(value.shape, generator=generator) for key, value in policy.trainable().items()}
     true, found = slopes(ForwardMode(), losses, u)[:, 0], slopes(SCORERS[name], losses, u)[:, 0]
     assert error(found, true) < {"central": 0.01, "one_sided": 0.05}[name]
-    assert agreement(losses, [u], found[:, None]) == pytest.approx(error(found, true), abs=0.05)
+    assert agreement(exact_sample(losses, [u]), found[:, None]) == pytest.approx(error(found, true), abs=0.02)
 
 
 @settings(max_examples=8)
@@ -98,10 +91,10 @@ def test_float32_scores_on_the_two_layer_policy_rank_as_exact_ones(name: str):
 def test_scores_do_not_depend_on_order_batches_or_padding(order: list[int], budget: int, name: str):
     policy = small_policy()
     u = direction(policy, 4)
-    scorer = {"central": Central(1e-3), "one_sided": OneSided(1e-3), "jvp": ForwardMode()}[name]
-    first = slopes(scorer, candidate_losses(policy, GA(), ROWS), u)[:, 0]
+    scorer = SCORERS | {"central": Central(1e-3), "one_sided": OneSided(1e-3)}
+    first = slopes(scorer[name], candidate_losses(policy, GA(), ROWS), u)[:, 0]
     policy.token_budget = budget
-    second = slopes(scorer, candidate_losses(policy, GA(), [ROWS[k] for k in order]), u)[:, 0]
+    second = slopes(scorer[name], candidate_losses(policy, GA(), [ROWS[k] for k in order]), u)[:, 0]
     assert torch.allclose(first[order], second, rtol=1e-8, atol=1e-10)
 
 
@@ -139,11 +132,11 @@ def test_losses_reported_beside_the_scores_are_those_at_theta(name: str):
     policy = small_policy()
     losses = candidate_losses(policy, make_loss("npo", 0.1), ROWS)
     found = SCORERS[name].derivatives(losses, [direction(policy, 8)], Quiet())
-    assert torch.allclose(found.losses, losses.values(), rtol=1e-3)
+    assert torch.allclose(found.losses, losses.values(), rtol=2e-3)
 
 
 @pytest.mark.parametrize("adapter", [True, False])
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", ["central", "one_sided", "jvp"])
 def test_theta_is_restored_bit_for_bit(name: str, adapter: bool):
     policy = tiny_policy(adapter=adapter, lora_b_sd=0.1)
     before = policy.snapshot()
@@ -176,7 +169,7 @@ class Poisoned(GA):
         return torch.where(answers.count == self.length, torch.nan, answers.mean)
 
 
-@pytest.mark.parametrize("name", ["central", "one_sided"])
+@pytest.mark.parametrize("name", ["backward", "central", "one_sided"])
 def test_non_finite_candidate_is_named(name: str):
     policy = small_policy()
     encoded = candidate_losses(policy, GA(), ROWS).rows
@@ -191,10 +184,116 @@ def test_non_finite_candidate_is_named(name: str):
 def test_agreement_is_zero_for_exact_scores_large_for_a_flipped_sign_and_none_for_no_direction():
     policy = small_policy()
     losses, u = candidate_losses(policy, GA(), ROWS), direction(policy, 11)
+    true = slopes(ForwardMode(), losses, u, direction(policy, 12))
+    sample = Sample([4, 0, 2], true[[4, 0, 2]])
+    everything = Sample([5, 4, 3, 2, 1, 0], true.flip(0))
+    assert agreement(sample, true) == 0.0
+    assert agreement(everything, -true) == pytest.approx(2.0)
+    assert agreement(everything, true * torch.tensor([1.0, 1.3])) == pytest.approx(0.3 / 1.3)
+    assert agreement(Sample([0], 0.0 * true[:1]), true) is None
+
+
+def test_a_direction_along_which_the_sample_hardly_moves_is_measured_against_all_candidates():
+    true = torch.tensor([[1.0], [1.0], [1e-9]], dtype=torch.float64)
+    found = torch.tensor([[1.0], [1.0], [1e-3]], dtype=torch.float64)
+    assert agreement(Sample([2], true[2:]), found) == pytest.approx(1e-3 * (3 / 2) ** 0.5, rel=1e-3)
+
+
+@settings(max_examples=8)
+@given(n=st.integers(1, 6), size=st.integers(1, 8))
+def test_sample_holds_different_candidates_and_their_inner_products(n: int, size: int):
+    policy = small_policy()
+    u, v = direction(policy, 1), direction(policy, 2, length=4.0)
+    sample = exact_sample(candidate_losses(policy, GA(), ROWS[:n]), [u, v], size)
+    assert len(set(sample.indices)) == len(sample.indices) == min(n, size)
+    expected = exact("ga")[sample.indices] @ torch.stack([flatten(u), flatten(v)], 1)
+    assert torch.allclose(sample.derivatives, expected, rtol=1e-9, atol=1e-12)
+
+
+class Rows:
+    """Counts the sequences that pass through a policy's model."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.count = 0
+        policy.model.get_base_model().lm_head.register_forward_hook(self.add)  # type: ignore[operator]
+
+    def add(self, module: torch.nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        self.count += out.shape[0]
+
+
+def test_choosing_steps_and_checking_them_costs_two_sequences_of_96():
+    policy = small_policy()
+    losses = candidate_losses(policy, GA(), examples(96))
+    directions, seen = [direction(policy, 1), direction(policy, 2)], Rows(policy)
+    scoring = score_all(SolveSection(scorer="central"), losses, directions, QUIET)
+    assert seen.count == 4 * 96 + 2
+    assert scoring.error is not None and 0.0 < scoring.error < 1e-2
+
+
+# --- losses known already -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["ga", "npo", "sft"])
+def test_losses_at_theta_0_follow_from_the_reference(loss: str):
+    policy = small_policy(reached=False)
+    losses = candidate_losses(policy, make_loss(loss, 0.1), ROWS)
+    assert torch.allclose(losses_at_reference(losses), losses.values(), rtol=1e-6)
+    if loss == "npo":
+        assert torch.allclose(losses_at_reference(losses), torch.tensor(20.0 * math.log(2.0)).double(), rtol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["ga", "npo"])
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_one_sided_differences_from_the_reference_need_one_forward_and_are_as_exact(loss: str, budget: int):
+    """The reference was summed in other batches, in float32: its round-off stays far below the difference."""
+    policy = tiny_policy()
+    rows = examples(12)
+    losses = candidate_losses(policy, make_loss(loss, 0.1), rows)
+    policy.reference_sums(losses.rows)
+    policy.token_budget = budget
+    generator = torch.Generator().manual_seed(0)
+    u = {key: torch.randn(value.shape, generator=generator) for key, value in policy.trainable().items()}
     true = slopes(ForwardMode(), losses, u)
-    assert agreement(losses, [u], true) == pytest.approx(0.0, abs=1e-12)
-    assert agreement(losses, [u], -true) == pytest.approx(2.0)
-    assert agreement(losses, [scaled(u, 0.0)], true) is None
+    seen = Rows(policy)
+    found = OneSided().derivatives(losses, [u], Quiet())
+    assert seen.count == 12 + 2
+    again = OneSided().derivatives(replace(losses, known=losses.values()), [u], Quiet())
+    assert error(found.derivatives, true) < 0.05
+    assert error(found.derivatives, again.derivatives) < 2e-3
+    assert torch.allclose(found.losses, again.losses, rtol=1e-5)
+
+
+def test_known_losses_are_used_as_they_are_and_follow_their_candidates():
+    policy = small_policy()
+    values = torch.arange(6.0, dtype=torch.float64)
+    losses = replace(candidate_losses(policy, GA(), ROWS), known=values)
+    assert torch.equal(losses.base(Quiet()), values)
+    assert torch.equal(losses.subset([3, 1]).base(Quiet()), values[[3, 1]])
+    assert losses.base_is_known() and not candidate_losses(policy, GA(), ROWS).base_is_known()
+
+
+def test_away_from_theta_0_and_for_a_loss_of_the_users_own_nothing_is_known():
+    moved, start = small_policy(), small_policy(reached=False)
+    npo = make_loss("npo", 0.1)
+    assert candidate_losses(start, npo, ROWS).base_is_known()
+    assert not candidate_losses(moved, npo, ROWS).base_is_known()
+    assert not candidate_losses(start, Poisoned(), ROWS).base_is_known()
+    with shifted(start, direction(start, 1), 1e-6):
+        losses = candidate_losses(start, npo, ROWS)
+        assert not losses.base_is_known()
+        assert torch.equal(losses.base(Quiet()), losses.values())
+
+
+def test_losses_out_of_date_show_as_disagreement_and_all_is_scored_exactly():
+    policy = small_policy()
+    u = direction(policy, 3)
+    losses = replace(candidate_losses(policy, GA(), ROWS), known=candidate_losses(policy, GA(), ROWS).values() + 0.01)
+    scoring = score_all(SolveSection(scorer="one_sided"), losses, [u], QUIET)
+    assert scoring.scorer.startswith("backward (one_sided was off by ")
+    assert error(scoring.slopes.derivatives[:, 0], exact("ga") @ flatten(u)) < 1e-9
+
+
+# --- steps, kernels, names ----------------------------------------------------------------------
 
 
 @given(counts=st.tuples(st.integers(1, 3), st.integers(0, 3)))
@@ -219,7 +318,7 @@ def test_progress_adds_up_to_the_announced_passes(counts: tuple[int, int]):
 def test_chosen_step_changes_the_probed_losses_by_about_the_target_per_token(loss: str):
     policy = small_policy()
     losses, u = candidate_losses(policy, make_loss(loss, 0.1), ROWS), direction(policy, 12)
-    step = choose_step(losses, u, target=0.005)
+    step = choose_step(losses, exact_sample(losses, [u], size=6).derivatives[:, 0], target=0.005)
     with shifted(policy, u, step):
         above = losses.values()
     change = float((above - losses.values()).square().mean().sqrt())
@@ -239,15 +338,17 @@ class NoForwardMode(torch.autograd.Function):
         return g
 
 
-def test_agreement_is_unknown_on_a_kernel_without_forward_mode():
+def test_differences_are_checked_on_a_kernel_without_forward_mode():
     policy = small_policy()
     losses, u = candidate_losses(policy, GA(), ROWS), direction(policy, 11)
     policy.model.get_base_model().lm_head.register_forward_hook(lambda module, args, out: NoForwardMode.apply(out))
     with pytest.raises(RuntimeError):
         slopes(ForwardMode(), losses, u)
-    scoring = score_all(SolveSection(), losses, [u], QUIET)
-    assert (scoring.error, scoring.scorer) == (None, "central")
-    assert error(scoring.slopes.derivatives[:, 0], exact("ga") @ flatten(u)) < 1e-3
+    for name in ("central", "backward"):
+        scoring = score_all(SolveSection(scorer=name), losses, [u], QUIET)  # type: ignore[arg-type]
+        assert scoring.scorer == name
+        assert (scoring.error is None) == (name == "backward")
+        assert error(scoring.slopes.derivatives[:, 0], exact("ga") @ flatten(u)) < 5e-3
 
 
 def sixteen_bit_policy() -> Policy:
@@ -267,21 +368,24 @@ def test_a_16_bit_base_is_scored_exactly_since_differences_would_be_rounding_noi
     generator = torch.Generator().manual_seed(0)
     u = {key: torch.randn(value.shape, generator=generator) for key, value in policy.trainable().items()}
     scoring = score_all(SolveSection(scorer=name), losses, [u], QUIET)  # type: ignore[arg-type]
-    assert (scoring.scorer, scoring.error) == ("jvp (16-bit base)", None)
+    assert (scoring.scorer, scoring.error) == ("backward (16-bit base)", None)
     wide = Policy(tiny_model(2).bfloat16().float(), tiny_tokenizer(), AdapterConfig(r=4, alpha=8.0), seed=2)
     wide.restore(policy.snapshot())
     true = slopes(ForwardMode(), candidate_losses(wide, GA(), rows), u)[:, 0]
-    assert error(scoring.slopes.derivatives[:, 0], true) < 0.05
-    assert error(slopes(SCORERS[name], losses, u)[:, 0], true) > 0.1
+    off = error(scoring.slopes.derivatives[:, 0], true)
+    assert off < 0.02
+    assert error(slopes(SCORERS[name], losses, u)[:, 0], true) > 5 * off
 
 
 def test_autocast_counts_as_16_bits_and_a_quantised_base_does_not():
+    central = SolveSection(scorer="central")
     with torch.autocast("cpu", torch.bfloat16):
-        assert make_scorer(SolveSection(), small_policy()) == ForwardMode("jvp (16-bit base)")
+        assert chosen(central, small_policy()) == BatchedBackward("backward (16-bit base)")
+        assert chosen(central, tiny_policy(adapter=False)) == ForwardMode("jvp (16-bit base)")
     policy = sixteen_bit_policy()
+    assert chosen(SolveSection(scorer="jvp"), policy) == ForwardMode()
     policy.model.get_base_model().is_loaded_in_4bit = True
-    assert make_scorer(SolveSection(), policy) == Central()
-    assert make_scorer(SolveSection(scorer="jvp"), sixteen_bit_policy()) == ForwardMode()
+    assert chosen(central, policy) == Central()
 
 
 def test_differences_far_off_are_replaced_by_exact_derivatives(monkeypatch: pytest.MonkeyPatch):
@@ -292,16 +396,17 @@ def test_differences_far_off_are_replaced_by_exact_derivatives(monkeypatch: pyte
 
     def noisy(self: Central, *rest: Any) -> Slopes:
         found = plain(self, *rest)
-        return Slopes(found.derivatives * (1.0 + size * noise), found.losses)
+        return Slopes(found.derivatives * (1.0 + size * noise), found.losses, found.sample)
 
     monkeypatch.setattr(Central, "derivatives", noisy)
+    central = SolveSection(scorer="central")
     size = 0.01
-    kept = score_all(SolveSection(), losses, [u], QUIET)
+    kept = score_all(central, losses, [u], QUIET)
     assert kept.scorer == "central"
     assert kept.error is not None and 0.0 < kept.error < 0.2
     size = 1.0
-    redone = score_all(SolveSection(), losses, [u], QUIET)
-    assert redone.scorer.startswith("jvp (central was off by ")
+    redone = score_all(central, losses, [u], QUIET)
+    assert redone.scorer.startswith("backward (central was off by ")
     assert redone.error is None
     assert error(redone.slopes.derivatives[:, 0], exact("ga") @ flatten(u)) < 1e-9
 
@@ -326,6 +431,7 @@ def test_float64_is_used_on_the_cpu_only():
     with CpuFirst():
         losses.values()
         ForwardMode().derivatives(losses, [u], Quiet())
+        BatchedBackward().derivatives(losses, [u], Quiet())
         objective_values(Margin(), policy, items)
         objective_gradient(Margin(), policy, items)
 
@@ -349,10 +455,42 @@ def test_inner_products_work_on_a_device_without_float64():
     assert dot(v, v) == 25.0
 
 
+def chosen(section: SolveSection, policy: Policy, n_directions: int = 1, **changes: Any) -> Scorer:
+    losses = replace(candidate_losses(policy, GA(), ROWS[:2]), **changes)
+    return make_scorer(section, losses, n_directions)
+
+
 def test_sections_name_their_scorers():
     for name, scorer in SCORERS.items():
-        assert make_scorer(SolveSection(scorer=name), small_policy()) == scorer  # type: ignore[arg-type]
+        assert chosen(SolveSection(scorer=name), small_policy()) == scorer  # type: ignore[arg-type]
     assert (Central(0.1).name, OneSided(0.2).name) == ("central(step=0.1)", "one_sided(step=0.2)")
+
+
+def test_automatic_choice_is_the_cheapest_and_exact_where_that_costs_little_more():
+    auto, lora, full = SolveSection(scorer="auto"), small_policy(), tiny_policy(adapter=False)
+    known: dict[str, Any] = {"known": torch.zeros(2, dtype=torch.float64)}
+    backward, one_sided, central = BatchedBackward(), OneSided(), Central()
+    # passes: backward 3; central 2, 4, 8; one-sided 2, 3, 5, or 1, 2, 4 from known losses
+    assert [chosen(auto, lora, k) for k in (1, 2, 4)] == [backward, backward, backward]
+    assert [chosen(auto, lora, k, **known) for k in (1, 2, 4)] == [one_sided, backward, backward]
+    assert [chosen(auto, full, k) for k in (1, 2, 4)] == [central, central, one_sided]
+    assert [chosen(auto, full, k, **known) for k in (1, 2, 4)] == [one_sided, one_sided, one_sided]
+
+
+def test_automatic_choice_is_exact_on_16_and_4_bits():
+    auto = SolveSection(scorer="auto")
+    known: dict[str, Any] = {"known": torch.zeros(2, dtype=torch.float64)}
+    policy = sixteen_bit_policy()
+    assert chosen(auto, policy, **known) == BatchedBackward()
+    policy.model.get_base_model().is_loaded_in_4bit = True
+    assert chosen(auto, policy, **known) == BatchedBackward()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen(auto, tiny_policy(adapter=False)) == ForwardMode()
+
+
+def test_backward_is_refused_by_name_where_it_is_not_available():
+    with pytest.raises(ConfigError, match=r"solve\.scorer: backward needs an adapter .* \(use auto\)"):
+        chosen(SolveSection(scorer="backward"), tiny_policy(adapter=False))
 
 
 def lora_gradients(policy: Policy) -> dict[str, float]:

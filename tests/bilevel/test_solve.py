@@ -12,10 +12,10 @@ from scenes import INNER, QUIET, ROWS, noise, outer, run, scripted
 from torch import Tensor, nn
 
 from tiny import tiny_policy
-from u2a.bilevel.gains import Gains, compute_gains, split_preference
+from u2a.bilevel.gains import Gains, Reached, compute_gains, split_preference
 from u2a.bilevel.objective import CustomObjective
-from u2a.bilevel.solve import n_to_select, random_weights, score, solve, with_block
-from u2a.bilevel.weight import frank_wolfe_gap, refine
+from u2a.bilevel.solve import n_to_select, random_weights, score, solve
+from u2a.bilevel.weight import frank_wolfe_gap, refine, with_block
 from u2a.config import SolveSection
 from u2a.errors import ConfigError, DataError, NonFiniteError
 from u2a.modeling import Policy
@@ -249,7 +249,9 @@ def test_final_refinement_scores_the_selected_at_the_best_inner_solution_and_mov
     solver = InnerSolver(tiny_policy())
     solver(INNER, plain.weights)
     inner = replace(INNER, forget=tuple(ROWS[k] for k in chosen))
-    gains = compute_gains(solver.policy, inner, problem, split_preference(problem), plain.weights, QUIET).estimates
+    gains = compute_gains(
+        solver.policy, inner, problem, split_preference(problem), Reached(plain.weights), QUIET
+    ).estimates
     weights = torch.tensor([plain.weights[row.id] for row in inner.forget], dtype=torch.float64)
     expected = refine(weights, -gains, 0.1 / float(gains.std(correction=0)), 5)
     assert [found.weights[row.id] for row in inner.forget] == pytest.approx(expected.tolist(), rel=1e-6)

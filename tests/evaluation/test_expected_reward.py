@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tiny import pairs, tiny_policy
-from u2a.bilevel.objective import Drawn, objective_values
+from u2a.bilevel.objective import objective_values
+from u2a.bilevel.reward_objective import Drawn
 from u2a.evaluation.expected_reward import sampled_reward
 from u2a.evaluation.generation import Answer, answer_text, generate_ids
 from u2a.modeling import Policy

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from u2a.bilevel.hypergrad import InnerPoint, make_adjoint
-from u2a.bilevel.objective import DPO, NLL, Margin, Objective, objective_gradient
-from u2a.bilevel.score import CandidateLosses
+from u2a.bilevel.adjoint import Adjoint, InnerPoint
+from u2a.bilevel.candidates import CandidateLosses
+from u2a.bilevel.hypergrad import make_adjoint
+from u2a.bilevel.objective import (
+    DPO,
+    NLL,
+    Margin,
+    Objective,
+    ObjectiveGradient,
+    gradient_norms,
+    objective_gradient,
+)
 from u2a.bilevel.select import FoldStatistics, fold_statistics, make_estimator, reliability
-from u2a.bilevel.vectors import dot
+from u2a.bilevel.variance import clip_factors, pooled, without_common
+from u2a.bilevel.vectors import dot, scaled, zeros_like
 from u2a.config import SolveSection
 from u2a.data import prompt_key
 from u2a.errors import ConfigError, DataError, NonFiniteError
-from u2a.modeling import Policy
-from u2a.progress import Console
+from u2a.losses import SFT
+from u2a.modeling import Params, Policy
+from u2a.progress import Advance, Console
 from u2a.record import content_id
 from u2a.solution import ScoreRow, ScoreTable
-from u2a.types import Pair
+from u2a.types import Pair, UnlearnResult
 from u2a.unlearn import InnerProblem
 
 
@@ -34,6 +45,7 @@ class OuterProblem:
         objective: J; None makes it from the section.
         seed: seed of folds and random draws.
         probe: measured after every inner run (mean reward of the policy's own answers), for the record; None: nothing.
+        clusters: cluster number of each candidate by id, for ``solve.clusters``; None where gains are not pooled.
     """
 
     preference: tuple[Pair, ...]
@@ -41,6 +53,25 @@ class OuterProblem:
     objective: Objective | None = None
     seed: int = 0
     probe: Callable[[Policy], float] | None = None
+    clusters: Mapping[str, int] | None = None
+
+    def clusters_of(self, inner: InnerProblem) -> list[int] | None:
+        """Return the cluster of each candidate.
+
+        Args:
+            inner: the candidates.
+
+        Returns:
+            Numbers in the order of ``inner.forget``, or None where gains are not pooled.
+
+        Raises:
+            ConfigError: ``solve.clusters`` is set and no clusters are given.
+        """
+        if self.section.clusters == 0:
+            return None
+        if self.clusters is None:
+            raise ConfigError("solve.clusters needs the clusters of the candidates (pass OuterProblem(clusters=...))")
+        return [self.clusters[row.id] for row in inner.forget]
 
     def objective_value(self) -> Objective:
         """Return J.
@@ -53,7 +84,12 @@ class OuterProblem:
         """
         if self.objective is not None:
             return self.objective
-        objectives: dict[str, Objective] = {"margin": Margin(), "dpo": DPO(self.section.dpo_beta), "nll": NLL()}
+        objectives: dict[str, Objective] = {
+            "margin": Margin(),
+            "summed_margin": Margin(per_token=False),
+            "dpo": DPO(self.section.dpo_beta),
+            "nll": NLL(),
+        }
         if self.section.objective not in objectives:
             raise ConfigError("solve.objective: reward needs a reward model (pass objective=ExpectedReward(...))")
         return objectives[self.section.objective]
@@ -75,6 +111,14 @@ class Folds:
     def sizes(self) -> list[int]:
         """Pairs per fold."""
         return [len(fold) for fold in self.folds]
+
+    def merged(self) -> Folds:
+        """All pairs in one fold.
+
+        Returns:
+            The same held-out pairs, and one fold with the others.
+        """
+        return Folds((tuple(pair for fold in self.folds for pair in fold),), self.heldout)
 
 
 def split_preference(outer: OuterProblem) -> Folds:
@@ -120,13 +164,27 @@ class Gains:
     estimates: Tensor
 
 
+@dataclass(frozen=True)
+class Reached:
+    """How the policy came to the theta where it stands.
+
+    Attributes:
+        weights: omega by candidate id, for the curvature and the unrolled derivative.
+        result: what the inner run did; None after a warm-up.
+    """
+
+    weights: Mapping[str, float]
+    result: UnlearnResult | None = None
+
+
 def compute_gains(
     policy: Policy,
     inner: InnerProblem,
     outer: OuterProblem,
     folds: Folds,
-    weights: Mapping[str, float],
+    reached: Reached,
     console: Console,
+    adjoint: Adjoint | None = None,
 ) -> Gains:
     """Score every candidate at the policy's current theta.
 
@@ -135,43 +193,127 @@ def compute_gains(
         inner: candidates and losses.
         outer: objective and options.
         folds: the PA split.
-        weights: omega at which the curvature is taken.
+        reached: how the policy came there.
         console: progress.
+        adjoint: how gradients of J reach the candidates; None takes the configured one.
 
     Returns:
         Gains of all candidates, in the order of ``inner.forget``.
 
     Raises:
         NonFiniteError: a value, gradient, loss or score is not finite.
+        ConfigError: a damage weight without retain rows.
     """
+    section = outer.section
+    adjoint = make_adjoint(section) if adjoint is None else adjoint
     objective = outer.objective_value()
-    items = [objective.prepare(policy, fold) for fold in folds.folds]
-    with console.phase("gradient of J", sum(folds.sizes), "pairs") as advance:
-        parts = [objective_gradient(objective, policy, fold, advance) for fold in items]
+    parts = _fold_gradients(policy, outer, objective, folds, console)
     losses = candidate_losses(policy, inner)
-    adjoint = make_adjoint(outer.section)
-    point = InnerPoint(policy, inner, weights, losses, outer.section, outer.seed)
-    found = adjoint.derivatives(point, [part.gradient for part in parts], console)
-    slopes = found.values
-    values = torch.cat([part.values for part in parts])
-    _check(slopes, losses.ids)
-    statistics = fold_statistics(-slopes, folds.sizes)
-    estimates = make_estimator(outer.section).estimate(statistics)
+    extra = _extra_gradients(policy, inner, section, losses, console)
+    point = InnerPoint(policy, inner, reached.weights, losses, section, outer.seed, reached.result)
+    found = adjoint.derivatives(point, [*(part.gradient for part in parts), *extra.values()], console)
+    _check(found.values, losses.ids)
+    columns = dict(zip(extra, found.values[:, len(parts) :].T, strict=True))
+    gains = _reduced(-found.values[:, : len(parts)], parts, extra, columns, outer.clusters_of(inner))
+    statistics = fold_statistics(gains, folds.sizes)
+    estimator = make_estimator(section)
+    estimates = estimator.estimate(statistics)
+    damage = columns.get("retain")
+    if damage is not None:
+        estimates = estimates - section.damage_weight * damage
     gram = torch.tensor([[dot(a.gradient, b.gradient) for b in parts] for a in parts], dtype=torch.float64)
+    values = torch.cat([part.values for part in parts])
     table = ScoreTable(
-        rows=_rows(losses, -slopes, statistics, estimates, found.losses),
+        rows=_rows(losses, gains, statistics, estimates, (found.losses, damage)),
         objective=objective.name,
         loss=inner.loss_text,
         adjoint=adjoint.name,
         scorer=found.scorer,
-        estimator=make_estimator(outer.section).name,
+        estimator=_estimator_text(section, estimator.name),
         objective_value=float(values.mean()),
         objective_se=float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else None,
-        reliability=reliability(-slopes, folds.sizes, gram, statistics),
+        reliability=reliability(gains, folds.sizes, gram, statistics),
         solve=found.solves,
         scorer_error=found.error,
     )
     return Gains(table, statistics, estimates)
+
+
+def _fold_gradients(
+    policy: Policy, outer: OuterProblem, objective: Objective, folds: Folds, console: Console
+) -> list[ObjectiveGradient]:
+    """Gradient of J of each fold, clipped per pair where that is asked for."""
+    items = [objective.prepare(policy, fold) for fold in folds.folds]
+    factors: list[Tensor | None] = [None] * len(items)
+    if outer.section.pair_clip < 1.0:
+        with console.phase("gradient of J, pair by pair", sum(folds.sizes), "pairs") as advance:
+            norms = torch.cat([gradient_norms(objective, policy, fold, advance) for fold in items])
+        factors = list(clip_factors(norms, outer.section.pair_clip).split(folds.sizes))
+    with console.phase("gradient of J", sum(folds.sizes), "pairs") as advance:
+        return [
+            objective_gradient(objective, policy, fold, advance, weights)
+            for fold, weights in zip(items, factors, strict=True)
+        ]
+
+
+def _extra_gradients(
+    policy: Policy, inner: InnerProblem, section: SolveSection, losses: CandidateLosses, console: Console
+) -> dict[str, Params]:
+    """Gradients beside those of J: ``common``, that of the mean candidate loss, and ``retain``, minus the utility."""
+    out: dict[str, Params] = {}
+    if section.remove_common:
+        with console.phase("mean candidate gradient", len(losses.rows), "candidates") as advance:
+            out["common"] = _mean_gradient(losses, advance)
+    if section.damage_weight > 0.0:
+        if not inner.retain:
+            raise ConfigError("solve.damage_weight needs retain rows (set data.retain, or damage_weight to 0)")
+        rows = inner.retain[: section.curvature_samples]
+        encoded = tuple(policy.encoder.encode(row.prompt, row.completion, row.source or row.id) for row in rows)
+        utility = CandidateLosses(policy, SFT(), encoded, torch.zeros(len(rows)), tuple(row.id for row in rows))
+        with console.phase("retain gradient", len(rows), "rows") as advance:
+            out["retain"] = scaled(_mean_gradient(utility, advance), -1.0)  # of -NLL: higher is better, as J is
+    return out
+
+
+def _mean_gradient(losses: CandidateLosses, advance: Advance) -> Params:
+    """Gradient of the mean of a vector of losses."""
+    parameters = losses.policy.trainable()
+    total = zeros_like(parameters)
+    for batch in losses.batches():
+        value = losses.of(batch).sum() / len(losses.rows)
+        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                total[name] += gradient.to(total[name])
+        advance.advance(len(batch))
+    return total
+
+
+def _reduced(
+    gains: Tensor,
+    parts: Sequence[ObjectiveGradient],
+    extra: Mapping[str, Params],
+    columns: Mapping[str, Tensor],
+    clusters: Sequence[int] | None,
+) -> Tensor:
+    """Gains by fold after the configured reductions of their variance."""
+    if "common" in extra:
+        common = extra["common"]
+        shares = torch.tensor([dot(part.gradient, common) for part in parts], dtype=torch.float64)
+        size = dot(common, common)
+        if size > 0.0:
+            gains = without_common(gains, -columns["common"], shares / size)
+    return gains if clusters is None else pooled(gains, clusters)
+
+
+def _estimator_text(section: SolveSection, name: str) -> str:
+    """The estimator with the reductions of variance in force."""
+    parts = [name]
+    parts += [f"pairs clipped at the {section.pair_clip:g} quantile"] if section.pair_clip < 1.0 else []
+    parts += ["common direction removed"] if section.remove_common else []
+    parts += [f"pooled over {section.clusters} clusters"] if section.clusters else []
+    parts += [f"less {section.damage_weight:g} x damage"] if section.damage_weight > 0.0 else []
+    return ", ".join(parts)
 
 
 def candidate_losses(policy: Policy, inner: InnerProblem) -> CandidateLosses:
@@ -197,9 +339,15 @@ def _check(slopes: Tensor, ids: tuple[str, ...]) -> None:
 
 
 def _rows(
-    losses: CandidateLosses, gains: Tensor, statistics: FoldStatistics, estimates: Tensor, base: Tensor
+    losses: CandidateLosses,
+    gains: Tensor,
+    statistics: FoldStatistics,
+    estimates: Tensor,
+    beside: tuple[Tensor | None, Tensor | None],
 ) -> tuple[ScoreRow, ...]:
+    """One row per candidate; ``beside`` holds the losses and the damage, where they are known."""
     se = [None] * len(losses.ids) if statistics.se is None else statistics.se.tolist()
+    base, damage = beside
     return tuple(
         ScoreRow(
             id=losses.ids[k],
@@ -207,7 +355,8 @@ def _rows(
             gain_se=se[k],
             estimate=float(estimates[k]),
             fold_gains=tuple(gains[k].tolist()),
-            loss=float(base[k]),
+            loss=None if base is None else float(base[k]),
+            damage=None if damage is None else float(damage[k]),
             n_answer_tokens=losses.rows[k].n_answer,
         )
         for k in range(len(losses.ids))

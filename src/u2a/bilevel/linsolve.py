@@ -7,12 +7,14 @@ again, and the result says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from u2a.bilevel.operators import random_unit
 from u2a.bilevel.vectors import dot, is_finite, norm, plus, scaled, zeros_like
 from u2a.errors import NonFiniteError, NotConverged
 from u2a.modeling import Params
@@ -21,6 +23,7 @@ from u2a.solution import SolveStatus
 Matvec = Callable[[Params], Params]
 _RAISE = 4.0
 _MOST_RAISES = 40
+_POWER_PRODUCTS = 16  # enough for half of the largest eigenvalue of millions, from a random start
 _LEAST_SHARE = 1e-6  # of the largest curvature seen: the first damping where there was none
 
 
@@ -63,6 +66,10 @@ class LinearSolver(Protocol):
 class CG:
     """Conjugate gradients with detection of negative curvature.
 
+    It sees the operator on the span of b, A b, A^2 b, ... only. Negative curvature outside of it is not detected and
+    does no harm: x solves the system as it was asked. A singular system with b in its range is solved without
+    damping (least solution); with b out of its range, rho is raised from 0 and the result says so.
+
     Attributes:
         max_steps: most matrix-vector products of one attempt.
         tol: relative residual at which it stops.
@@ -89,7 +96,8 @@ class CG:
             damping: rho >= 0.
 
         Returns:
-            x with status ``converged``, ``max_steps`` or ``negative_curvature`` (solved, with a raised rho).
+            x with status ``converged``, ``max_steps`` or ``negative_curvature``: rho was raised, and the residual is
+            that of the system with the raised rho.
 
         Raises:
             NotConverged: ``throw`` is set and the residual is above ``tol``; or rho could not be raised enough.
@@ -112,6 +120,8 @@ class CG:
                 return LinearSolution(
                     attempt.value, SolveStatus(status=status, steps=steps, residual=residual, damping=damping)
                 )
+            if attempt.scale == damping == 0.0:
+                raise NotConverged("cg: the curvature is 0 along the gradient (set solve.damping above 0)")
             raised = True
             damping = max(_RAISE * damping, -2.0 * attempt.curvature, _LEAST_SHARE * attempt.scale)
         raise NotConverged(f"cg: negative curvature persists at damping {damping:.2e} (set solve.damping)")
@@ -121,7 +131,7 @@ class CG:
 class _Attempt:
     """State of one run of CG.
 
-    ``curvature`` is the Rayleigh quotient p'Ap/p'p of a refused direction, ``scale`` the largest |p'(A + rho I)p|/p'p
+    ``curvature`` is the Rayleigh quotient p'Ap/p'p of a refused direction, ``scale`` the largest ||(A + rho I)p||/||p||
     met: what counts as zero curvature is relative to it, so that a solve does not depend on the unit of the losses.
     """
 
@@ -144,7 +154,7 @@ def _attempt(matvec: Matvec, right: Params, damping: float, max_steps: int, tol:
             raise NonFiniteError("curvature product", "solve", attempt.steps)
         attempt.steps += 1
         bend, length = dot(direction, image), dot(direction, direction)
-        attempt.scale = max(attempt.scale, abs(bend) / length)
+        attempt.scale = max(attempt.scale, norm(image) / math.sqrt(length))
         if bend <= round_off * attempt.scale * length:
             attempt.curvature = bend / length - damping
             return attempt
@@ -169,19 +179,20 @@ class Neumann:
     """Truncated Neumann series x = s sum_k (I - s (A + rho I))^k b; converges for 0 < s < 2 / lambda_max.
 
     Attributes:
-        step: s > 0.
+        step: s > 0, or None to find one by power iterations (see :func:`neumann_step`).
         max_steps: terms.
         tol: relative residual at which it stops.
     """
 
-    step: float
+    step: float | None = None
     max_steps: int = 50
     tol: float = 1e-2
 
     @property
     def name(self) -> str:
         """Name with parameters."""
-        return f"neumann(step={self.step:g}, max_steps={self.max_steps})"
+        step = "auto" if self.step is None else f"{self.step:g}"
+        return f"neumann(step={step}, max_steps={self.max_steps})"
 
     def solve(self, matvec: Matvec, right: Params, damping: float) -> LinearSolution:
         """Solve (A + rho I) x = b by damped Richardson iteration (the same partial sums).
@@ -197,25 +208,57 @@ class Neumann:
         Raises:
             NotConverged: the residual grew (the step is too long, or the curvature negative).
         """
-        value = scaled(right, self.step)
         size = norm(right)
         if size == 0.0:
-            return LinearSolution(value, SolveStatus(status="converged", steps=0, residual=0.0, damping=damping))
-        relative = 1.0
-        for steps in range(1, self.max_steps + 1):
-            image = plus(matvec(value), value, damping)
-            rest = plus(right, image, -1.0)
+            return LinearSolution(
+                zeros_like(right), SolveStatus(status="converged", steps=0, residual=0.0, damping=damping)
+            )
+        step = neumann_step(matvec, right, damping) if self.step is None else self.step
+        spent = _POWER_PRODUCTS if self.step is None else 0
+        value = scaled(right, step)
+        for terms in range(1, self.max_steps + 1):
+            rest = plus(right, plus(matvec(value), value, damping), -1.0)
             relative = norm(rest) / size
             if not relative < 1e3:
                 raise NotConverged(
-                    f"neumann: residual {relative:.1e} after {steps} terms (shorten the step {self.step:g})"
+                    f"neumann: residual {relative:.1e} after {terms} terms (shorten the step {step:g}, or raise "
+                    "solve.damping if the curvature is negative)"
                 )
             if relative <= self.tol:
-                return LinearSolution(
-                    value, SolveStatus(status="converged", steps=steps, residual=relative, damping=damping)
-                )
-            value = plus(value, rest, self.step)
+                status = SolveStatus(status="converged", steps=spent + terms, residual=relative, damping=damping)
+                return LinearSolution(value, status)
+            value = plus(value, rest, step)
         residual = _residual(matvec, right, damping, value)
-        return LinearSolution(
-            value, SolveStatus(status="max_steps", steps=self.max_steps + 1, residual=residual, damping=damping)
-        )
+        steps = spent + self.max_steps + 1
+        return LinearSolution(value, SolveStatus(status="max_steps", steps=steps, residual=residual, damping=damping))
+
+
+def neumann_step(matvec: Matvec, like: Params, damping: float, seed: int = 0) -> float:
+    """Step of the Neumann series: 1 / lambda, with lambda the largest eigenvalue of A + rho I by power iterations.
+
+    The series converges for steps below 2 / lambda, and power iterations estimate lambda from below, so half of the
+    longest step leaves room for an estimate that is too small by half.
+
+    Args:
+        matvec: v -> A v.
+        like: a vector of the space.
+        damping: rho >= 0.
+        seed: of the random start.
+
+    Returns:
+        The step, > 0.
+
+    Raises:
+        NotConverged: the eigenvalue of largest magnitude is not positive, so that no step converges.
+    """
+    vector = random_unit(like, seed)
+    bend = length = 0.0
+    for _ in range(_POWER_PRODUCTS):
+        image = plus(matvec(vector), vector, damping)
+        bend, length = dot(vector, image), norm(image)
+        if not length > 0.0 or not math.isfinite(length):
+            break
+        vector = scaled(image, 1.0 / length)
+    if not (bend > 0.0 and math.isfinite(length)):
+        raise NotConverged("neumann: the curvature is not positive (raise solve.damping, or use cg)")
+    return 1.0 / length

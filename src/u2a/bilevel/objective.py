@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from u2a.bilevel.vectors import zeros_like
+from u2a.bilevel.vectors import norm, zeros_like
 from u2a.encoding import Encoded, token_batches
 from u2a.errors import NonFiniteError
 from u2a.modeling import Params, Policy
@@ -93,35 +93,52 @@ def encode_pair(policy: Policy, pair: Pair) -> tuple[Encoded, Encoded]:
     return encode(pair.prompt, pair.chosen, pair.source), encode(pair.prompt, pair.rejected, pair.source)
 
 
-def _columns(values: Tensor, items: Sequence[Item]) -> Tensor:
-    """Reshape one value per answer to (items, answers per item)."""
+def columns(values: Tensor, items: Sequence[Item]) -> Tensor:
+    """Reshape one value per answer to one row per item.
+
+    Args:
+        values: (items x answers,) item by item.
+        items: the items.
+
+    Returns:
+        (items, answers per item).
+    """
     return values.reshape(len(items), -1)
 
 
 def _log_probs(policy: Policy, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
     """Summed and mean log-probabilities, (items, answers) each."""
     answers = policy.log_probs([answer for item in items for answer in item.answers])
-    return _columns(answers.sum, items), _columns(answers.mean, items)
+    return columns(answers.sum, items), columns(answers.mean, items)
 
 
 @dataclass(frozen=True)
 class Margin:
-    """Length-normalised preference margin: J_i = s_i^+ / T_i^+ - s_i^- / T_i^-, nats per token.
+    """Preference margin, length-normalised: J_i = s_i^+ / T_i^+ - s_i^- / T_i^-, nats per token.
 
     Departs: the released code's DPO sum objective; at 370 pairs its gain rankings do not replicate, while this
     one's do (method, section 6b).
+
+    Attributes:
+        per_token: divide by the answers' lengths; False takes the summed log-probabilities s_i^+ - s_i^-, nats.
     """
 
-    name: str = "margin"
+    per_token: bool = True
+
+    @property
+    def name(self) -> str:
+        """Name for records."""
+        return "margin" if self.per_token else "summed_margin"
 
     def prepare(self, policy: Policy, pairs: Sequence[Pair]) -> list[Item]:
         """Items with chosen and rejected answer."""
         return [Item(pair, encode_pair(policy, pair)) for pair in pairs]
 
     def per_item(self, policy: Policy, items: Sequence[Item]) -> Tensor:
-        """Mean log-probability of the chosen minus that of the rejected answer."""
-        _, mean = _log_probs(policy, items)
-        return mean[:, 0] - mean[:, 1]
+        """Log-probability of the chosen minus that of the rejected answer."""
+        summed, mean = _log_probs(policy, items)
+        values = mean if self.per_token else summed
+        return values[:, 0] - values[:, 1]
 
 
 @dataclass(frozen=True)
@@ -150,7 +167,7 @@ class DPO:
     def per_item(self, policy: Policy, items: Sequence[Item]) -> Tensor:
         """Minus the DPO loss of each pair."""
         sums, _ = _log_probs(policy, items)
-        ratio = sums - torch.tensor([item.numbers for item in items]).to(sums)
+        ratio = sums - torch.tensor([item.numbers for item in items], dtype=torch.float64).to(sums)
         return F.logsigmoid(self.beta * (ratio[:, 0] - ratio[:, 1]))
 
 
@@ -168,115 +185,6 @@ class NLL:
         """Mean log-probability of the chosen answer."""
         _, mean = _log_probs(policy, items)
         return mean[:, 0]
-
-
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantages against the mean of the other samples: A_g = r_g - mean_{h != g} r_h.
-
-    Args:
-        rewards: (prompts, samples), at least two samples.
-
-    Returns:
-        The same shape; each row sums to 0.
-
-    Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free".
-
-    >>> leave_one_out(torch.tensor([[1.0, 3.0]])).tolist()
-    [[-2.0, 2.0]]
-    """
-    samples = rewards.shape[1]
-    return (rewards - rewards.mean(1, keepdim=True)) * samples / (samples - 1)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Answers sampled to one prompt with their rewards.
-
-    Attributes:
-        answers: tokenised samples, at least two.
-        rewards: reward of each.
-        token_rewards: reward per answer token of each, or None.
-    """
-
-    answers: tuple[Encoded, ...]
-    rewards: tuple[float, ...]
-    token_rewards: tuple[tuple[float, ...], ...] | None = None
-
-
-@dataclass(frozen=True)
-class ExpectedReward:
-    """J = E_{x, y ~ pi}[r(x, y)], with REINFORCE and a leave-one-out baseline (paper, eq. 1).
-
-    J_i(theta) = mean_g r_g + mean_g A_g (s_g(theta) - s_g(theta_drawn)): at the theta where the answers were drawn
-    its value is the mean reward and its gradient the unbiased policy gradient; elsewhere it is the first-order
-    estimate. With token rewards A_g is the reward-to-go of each token, less the mean of the other samples' total.
-
-    Attributes:
-        draw: samples answers of the policy to each pair's prompt and scores them.
-    """
-
-    draw: Callable[[Policy, Sequence[Pair]], list[Drawn]]
-
-    @property
-    def name(self) -> str:
-        """Name for records."""
-        return "reward"
-
-    def prepare(self, policy: Policy, pairs: Sequence[Pair]) -> list[Item]:
-        """Sample and score answers; advantages are fixed from here on."""
-        items = []
-        for pair, drawn in zip(pairs, self.draw(policy, pairs), strict=True):
-            tokens = _token_advantages(drawn)
-            sums = policy.answer_sums(drawn.answers) if not tokens else None
-            advantages = leave_one_out(torch.tensor([drawn.rewards], dtype=torch.float64))[0].tolist()
-            rewards = [sum(row) for row in drawn.token_rewards] if drawn.token_rewards else list(drawn.rewards)
-            base = sum(rewards) / len(rewards)
-            if tokens:
-                base -= self._offset(policy, drawn, tokens)
-            elif sums is not None:
-                base -= sum(a * float(s) for a, s in zip(advantages, sums, strict=True)) / len(advantages)
-            items.append(Item(pair, drawn.answers, tuple(advantages), tokens, base))
-        return items
-
-    @staticmethod
-    @torch.no_grad()
-    def _offset(policy: Policy, drawn: Drawn, tokens: tuple[tuple[float, ...], ...]) -> float:
-        answers = policy.log_probs(drawn.answers)
-        total = (answers.token * _left_padded(tokens, answers.token)).sum()
-        return float(total) / len(drawn.answers)
-
-    def per_item(self, policy: Policy, items: Sequence[Item]) -> Tensor:
-        """Mean reward plus the first-order change of the expected reward."""
-        flat = [answer for item in items for answer in item.answers]
-        answers = policy.log_probs(flat)
-        if items[0].token_numbers:
-            weights = _left_padded([row for item in items for row in item.token_numbers], answers.token)
-            terms = (answers.token * weights).sum(1)
-        else:
-            terms = answers.sum * torch.tensor([a for item in items for a in item.numbers]).to(answers.sum)
-        base = torch.tensor([item.base for item in items]).to(terms)
-        return base + _columns(terms, items).mean(1)
-
-
-def _token_advantages(drawn: Drawn) -> tuple[tuple[float, ...], ...]:
-    """Reward-to-go of each token minus the mean total of the other samples' rewards; empty without token rewards."""
-    if not drawn.token_rewards:
-        return ()
-    totals = [sum(row) for row in drawn.token_rewards]
-    out = []
-    for index, row in enumerate(drawn.token_rewards):
-        baseline = (sum(totals) - totals[index]) / (len(totals) - 1)
-        to_go = torch.tensor(row, dtype=torch.float64).flip(0).cumsum(0).flip(0)
-        out.append(tuple((to_go - baseline).tolist()))
-    return tuple(out)
-
-
-def _left_padded(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
-    """Stack rows of different length, zeros on the left, in the shape of ``like``."""
-    out = torch.zeros(like.shape, dtype=torch.float32)
-    for index, row in enumerate(rows):
-        out[index, like.shape[1] - len(row) :] = torch.tensor(row, dtype=torch.float32)
-    return out.to(like)
 
 
 @dataclass(frozen=True)
@@ -364,7 +272,11 @@ class ObjectiveGradient:
 
 
 def objective_gradient(
-    objective: Objective, policy: Policy, items: Sequence[Item], advance: Advance | None = None
+    objective: Objective,
+    policy: Policy,
+    items: Sequence[Item],
+    advance: Advance | None = None,
+    weights: Tensor | None = None,
 ) -> ObjectiveGradient:
     """Differentiate the mean of J over items; the mean does not depend on how items are batched.
 
@@ -373,9 +285,10 @@ def objective_gradient(
         policy: the policy at the theta of interest; its ``.grad`` fields are not touched.
         items: prepared items, at least one.
         advance: progress, told items.
+        weights: (items,) factors on the items' gradients (clipping), or None for 1; the values stay as they are.
 
     Returns:
-        Values and gradient.
+        Values and gradient sum_i weight_i grad J_i / items.
 
     Raises:
         NonFiniteError: a value or the gradient is not finite.
@@ -383,12 +296,14 @@ def objective_gradient(
     parameters = policy.trainable()
     total = zeros_like(parameters)
     values = torch.zeros(len(items), dtype=torch.float64)
+    factors = torch.ones(len(items)) if weights is None else weights
     for number, batch in enumerate(item_batches(items, policy.token_budget)):
         rows = [items[index] for index in batch]
         per_item = objective.per_item(policy, rows)
         _check_values(per_item, rows, number)
         values[batch] = per_item.detach().cpu().double()
-        gradients = torch.autograd.grad(per_item.sum(), list(parameters.values()), allow_unused=True)
+        weighted = (factors[batch].to(per_item) * per_item).sum()
+        gradients = torch.autograd.grad(weighted, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient.to(total[name]) / len(items)
@@ -396,3 +311,26 @@ def objective_gradient(
     if not all(bool(torch.isfinite(value).all()) for value in total.values()):
         raise NonFiniteError("gradient of the objective", "score")
     return ObjectiveGradient(values, total)
+
+
+def gradient_norms(
+    objective: Objective, policy: Policy, items: Sequence[Item], advance: Advance | None = None
+) -> Tensor:
+    """Length of the gradient of each item's J, one backward pass per item.
+
+    Args:
+        objective: the outer objective.
+        policy: the policy at the theta of interest.
+        items: prepared items.
+        advance: progress, told items.
+
+    Returns:
+        (items,) float64, CPU.
+
+    Raises:
+        NonFiniteError: a value or a gradient is not finite.
+    """
+    out = torch.zeros(len(items), dtype=torch.float64)
+    for index, item in enumerate(items):
+        out[index] = norm(objective_gradient(objective, policy, [item], advance).gradient)
+    return out

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from u2a.bilevel.variance import between
 from u2a.config import SolveSection
 from u2a.solution import Reliability
 
@@ -75,19 +76,13 @@ def fold_statistics(fold_gains: Tensor, fold_sizes: Sequence[int]) -> FoldStatis
     own = centred.var(1, correction=1) / folds
     se = (((folds - 1) * own + PRIOR_DOF * own.mean()) / (folds - 1 + PRIOR_DOF)).sqrt()
     covariance = centred.T @ centred / max(1, n - 1)
-    signal, signal_se = _between(covariance), None
+    signal, signal_se = between(covariance), None
     if folds >= 3:
-        left_out = [_between(_without(covariance, fold)) for fold in range(folds)]
+        left_out = [between(_without(covariance, fold)) for fold in range(folds)]
         spread = sum((value - sum(left_out) / folds) ** 2 for value in left_out)
         signal_se = math.sqrt((folds - 1) / folds * spread)
     mean_se = float(fold_gains.mean(0).std(correction=1)) / math.sqrt(folds)
     return FoldStatistics(gain, se, signal, signal_se, mean_gain, mean_se)
-
-
-def _between(covariance: Tensor) -> float:
-    """Mean off-diagonal entry."""
-    folds = covariance.shape[0]
-    return float((covariance.sum() - covariance.trace()) / (folds * (folds - 1)))
 
 
 def _without(matrix: Tensor, index: int) -> Tensor:

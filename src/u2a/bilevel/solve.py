@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from u2a.bilevel.gains import Folds, Gains, OuterProblem, compute_gains, split_preference
+from u2a.bilevel.gains import Folds, Gains, OuterProblem, Reached, compute_gains, split_preference
+from u2a.bilevel.hypergrad import make_refining_adjoint
 from u2a.bilevel.objective import Objective, objective_values
 from u2a.bilevel.select import decide, top_block
-from u2a.bilevel.weight import drop_small, frank_wolfe_gap, refine
+from u2a.bilevel.weight import drop_small, frank_wolfe_gap, refine, with_block
 from u2a.config import SolveSection
 from u2a.errors import ConfigError
 from u2a.modeling import Policy
@@ -83,7 +84,7 @@ def score(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Con
     """
     outer = replace(outer, section=outer.section.model_copy(update={"heldout_frac": 0.0}))
     _warm_up(policy, inner, outer, console)
-    return compute_gains(policy, inner, outer, split_preference(outer), inner.uniform(), console).table
+    return compute_gains(policy, inner, outer, split_preference(outer), Reached(inner.uniform()), console).table
 
 
 @dataclass
@@ -96,6 +97,7 @@ class _State:
     stale: int = 0
     rounds: list[Round] = field(default_factory=list)
     last: Gains | None = None
+    result: UnlearnResult | None = None
     stopped: str = "rounds used up"
 
 
@@ -138,7 +140,8 @@ def solve(
     search = _Search(inner_solver, inner, outer, folds, monitor, console, on_round)
     for index in range(outer.section.rounds):
         start = time.monotonic()
-        gains = compute_gains(policy, inner, outer, folds, _mapping(inner, state.weights) or inner.uniform(), console)
+        reached = Reached(_mapping(inner, state.weights) or inner.uniform(), state.result)
+        gains = compute_gains(policy, inner, outer, folds, reached, console)
         if index == 0:
             choice = decide(gains.statistics, gains.estimates, outer.section.fallback)
             if choice != "none":
@@ -190,7 +193,9 @@ class _Search:
 
     def try_weights(self, state: _State, step: _Step) -> None:
         """Solve the inner problem at the trial weights, judge them by J there, and record the round."""
-        result = self.inner_run(state.weights, f"round {len(state.rounds) + 1}" if step.added else "final weights")
+        state.result = result = self.inner_run(
+            state.weights, f"round {len(state.rounds) + 1}" if step.added else "final weights"
+        )
         value_pa, value_heldout = self.monitor.measure()
         record = Round(
             index=len(state.rounds),
@@ -227,11 +232,15 @@ def _refine_on_selected(search: _Search, state: _State) -> None:
     if not section.final_refine or section.mirror_steps == 0 or len(chosen) < 2:
         return
     start = time.monotonic()
-    search.inner_run(best, "best round")
+    result = search.inner_run(best, "best round")
+    if result.steps_kept == 0:
+        return
     inner = replace(search.inner, forget=tuple(search.inner.forget[k] for k in chosen))
-    gains = compute_gains(
-        search.solver.policy, inner, search.outer, search.folds, _mapping(inner, best[chosen]), search.console
-    )
+    folds, reached = search.folds, Reached(_mapping(inner, best[chosen]), result)
+    if section.refine_adjoint == "unrolled":  # one sweep per fold is dear, and J measured anew decides anyway
+        folds = folds.merged()
+    adjoint = make_refining_adjoint(section)
+    gains = compute_gains(search.solver.policy, inner, search.outer, folds, reached, search.console, adjoint)
     refined = _refined(best[chosen], gains, section)
     if torch.allclose(refined, best[chosen], rtol=0.0, atol=1e-12):
         return
@@ -303,24 +312,6 @@ def _refined(weights: Tensor, gains: Gains, section: SolveSection) -> Tensor:
     rate, beta = section.mirror_rate / unit, section.sparsity * unit
     moved = refine(weights, -gains.estimates, rate, section.mirror_steps, beta, section.sparsity_p)
     return drop_small(moved, section.drop_below)
-
-
-def with_block(weights: Tensor, block: list[int]) -> Tensor:
-    """Give each new member the average weight and scale the old ones to make room.
-
-    Args:
-        weights: (n,) omega on the simplex, or all 0.
-        block: indices of new members.
-
-    Returns:
-        (n,) trial weights on the simplex (all 0 when there is neither support nor block).
-    """
-    support = int((weights > 0).sum())
-    if not block:
-        return weights.clone()
-    trial = weights * (support / (support + len(block)))
-    trial[block] = 1.0 / (support + len(block))
-    return trial
 
 
 def _judge(state: _State, value: float) -> bool:

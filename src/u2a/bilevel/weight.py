@@ -124,3 +124,21 @@ def drop_small(weights: Tensor, share: float) -> Tensor:
     kept = torch.where(weights >= share / support, weights, 0.0)
     kept[weights.argmax()] = weights.max()
     return kept / kept.sum()
+
+
+def with_block(weights: Tensor, block: list[int]) -> Tensor:
+    """Give each new member the average weight and scale the old ones to make room.
+
+    Args:
+        weights: (n,) omega on the simplex, or all 0.
+        block: indices of new members.
+
+    Returns:
+        (n,) trial weights on the simplex (all 0 when there is neither support nor block).
+    """
+    support = int((weights > 0).sum())
+    if not block:
+        return weights.clone()
+    trial = weights * (support / (support + len(block)))
+    trial[block] = 1.0 / (support + len(block))
+    return trial

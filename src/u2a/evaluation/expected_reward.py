@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from u2a.bilevel.objective import Drawn, ExpectedReward
+from u2a.bilevel.reward_objective import Drawn, ExpectedReward
 from u2a.encoding import Encoded
 from u2a.evaluation.generation import Answer, answer_text, generate_ids
 from u2a.modeling import Policy

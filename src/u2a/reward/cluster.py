@@ -1,0 +1,36 @@
+"""Clusters of similar negatives, over which noisy gains are pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scipy.cluster.vq import kmeans2
+
+from u2a.config import SolveSection
+from u2a.reward.base import prompt_text
+from u2a.reward.embedding import Embedder
+from u2a.types import Example
+
+
+def candidate_clusters(section: SolveSection, rows: Sequence[Example], seed: int) -> dict[str, int] | None:
+    """Cluster negatives by the sentence embeddings of prompt and answer (k-means).
+
+    Args:
+        section: ``clusters`` (at most as many as rows) and ``cluster_embedder``.
+        rows: the candidates.
+        seed: of the first centres.
+
+    Returns:
+        Cluster number by id, whatever the order of the rows; None where ``clusters`` is 0.
+
+    Raises:
+        ModelError: the embedder cannot be loaded.
+    """
+    if section.clusters == 0 or not rows:
+        return None
+    ordered = sorted(rows, key=lambda row: row.id)
+    texts = [f"{prompt_text(row.prompt)}\n{row.completion}" for row in ordered]
+    features = Embedder(section.cluster_embedder).encode(texts)
+    count = min(section.clusters, len(ordered))
+    labels = kmeans2(features, count, iter=50, minit="++", rng=seed)[1]
+    return {row.id: int(label) for row, label in zip(ordered, labels, strict=True)}
