@@ -27,8 +27,8 @@ FILES = {
     "help": "alpaca_eval/pairs.jsonl",
     "benign": "benign/prompts.jsonl",
 }
-MAX_PROMPT_CHARS = 80  # about 40 tokens: room for an answer remains in every sequence
-MAX_ANSWER_CHARS = 400  # the encoder cuts earlier; this only keeps tokenising cheap
+MAX_PROMPT_CHARS = 72  # about 36 tokens: room for an answer remains in every sequence
+MAX_ANSWER_CHARS = 200  # the encoder cuts earlier; this only keeps tokenising cheap
 
 AnyRow = TypeVar("AnyRow", Example, Pair)
 

@@ -53,9 +53,9 @@ class ModelOptions:
     layers: int = 2
     hidden: int = 64
     heads: int = 4
-    max_length: int = 72
-    steps: int = 500
-    batch_tokens: int = 1536
+    max_length: int = 56
+    steps: int = 600
+    batch_tokens: int = 1280
     learning_rate: float = 6e-3
     mixture_frac: float = 0.5
     unsafe_frac: float = 0.7

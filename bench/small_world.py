@@ -49,7 +49,7 @@ KINDS: dict[str, Kind] = {
     # weakly labelled: the rejected answer of a pair is often acceptable, and a small model hardly tells the two apart
     "weak": Kind({"safety:bad": 1.0}, "safety"),
 }
-PA_SIZES = (32, 64, 128, 256, None)  # pairs; None is all
+PA_SIZES = (16, 32, 64, 128, None)  # pairs; None is all
 TUNING_SEEDS = (100, 101, 102, 103)
 
 
@@ -86,7 +86,7 @@ class World:
 
 
 def make_world(
-    base: Base, kind: str, seed: int, n_candidates: int = 64, n_pa: int | None = None, n_heldout: int = 150
+    base: Base, kind: str, seed: int, n_candidates: int = 32, n_pa: int | None = None, n_heldout: int = 100
 ) -> World:
     """Draw a world.
 
@@ -118,7 +118,7 @@ def make_world(
         preference=tuple(order(row for row in corpus.preference if row.kind == source)[:n_pa]),
         heldout=tuple(order(row for row in corpus.evaluation if row.kind == source)[:n_heldout]),
         retain=tuple(retain),
-        retain_heldout=tuple(order(corpus.benign)),
+        retain_heldout=tuple(order(corpus.benign)[:32]),
     )
 
 
@@ -143,7 +143,7 @@ class _Draw:
 
 # --- measuring ----------------------------------------------------------------------------------
 
-SECTION = UnlearnSection(loss="npo", retain_term="nll", learning_rate=1e-3, max_steps=20, batch_size=8)
+SECTION = UnlearnSection(loss="npo", retain_term="nll", learning_rate=1e-3, max_steps=16, batch_size=4, retain_batch_size=2)
 SCREEN = SolveSection(adjoint="identity", heldout_frac=0.0, folds=4, warmup_steps=4, estimator="mean", fallback="none")
 
 
@@ -197,7 +197,7 @@ def uniform(ids: Sequence[str]) -> dict[str, float]:
     return dict.fromkeys(ids, 1.0 / len(ids))
 
 
-def measure(base: Base, kind: str, seed: int, section: UnlearnSection = SECTION, k: int = 24) -> dict[str, object]:
+def measure(base: Base, kind: str, seed: int, section: UnlearnSection = SECTION, k: int = 16) -> dict[str, object]:
     """Gains by PA size, and what choosing by them changes on held-out pairs.
 
     Args:

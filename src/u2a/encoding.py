@@ -95,6 +95,7 @@ class Encoder:
         self.end_id = end
         self.end_ids = frozenset({end, *end_ids})
         self.pad_id = pad if isinstance(pad, int) else end
+        self._known: dict[tuple[tuple[Message, ...], str], Encoded] = {}
 
     def prompt_text(self, prompt: Sequence[Message]) -> str:
         """Render a prompt up to and including the generation prompt.
@@ -132,6 +133,13 @@ class Encoder:
         Raises:
             DataError: the prompt alone leaves no room for an answer.
         """
+        key = (tuple(prompt), completion)
+        if key not in self._known:
+            self._known[key] = self._encoded(prompt, completion, where)
+        return self._known[key]
+
+    def _encoded(self, prompt: Sequence[Message], completion: str, where: str) -> Encoded:
+        """Tokenise one row, once in the encoder's life."""
         head = self.encode_prompt(prompt)
         room = self.max_length - len(head)
         if room < 1:
