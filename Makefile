@@ -21,13 +21,14 @@ BENCH_OPTIONS ?=
 # After the installation nothing may reach for the network, and no thread pool may fight another one.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test lint format bench-scoring bench-rivals clean
+.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection clean
 help:
 	@echo "make demo    run all stages on the demo data, on the CPU"
 	@echo "make test    run the tests (not those marked slow, gpu or network)"
 	@echo "make lint    check style and types"
 	@echo "make format  put the source in the checked style"
 	@echo "make bench-scoring  time the scoring of candidates (quiet machine; SafeRLHF in U2A_DATA or ../shared/data)"
+	@echo "make bench-selection  predicted against measured gain on a small model (data in U2A_DATA or ../shared/data)"
 	@echo "make bench-rivals   install the libraries that bench-scoring compares with, into $(RIVALS)"
 	@echo "make clean   remove the environment, caches and runs"
 
@@ -60,6 +61,10 @@ format: $(STAMP)
 bench-scoring: $(STAMP)
 	$(OFFLINE) $(VENV)/bin/python bench/scoring.py --out bench/results/scoring.json \
 	  $(if $(wildcard $(RIVALS)/installed.stamp),--rivals $(RIVALS)) $(BENCH_OPTIONS)
+
+# The study runs on two processes; its cells are kept under runs/bench and found again.
+bench-selection: $(STAMP)
+	$(OFFLINE) $(VENV)/bin/python bench/selection.py --out bench/results/selection.json --plots docs/results
 
 bench-rivals: $(RIVALS)/installed.stamp
 

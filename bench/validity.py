@@ -72,7 +72,9 @@ def without(omega: Tensor, members: Sequence[int]) -> Tensor:
     return left / left.sum()
 
 
-def measure(lab: Lab, draws: int, n_groups: int, group_size: int = 8, concentration: float = 4.0) -> Measured:
+def measure(
+    lab: Lab, draws: int, n_groups: int, group_size: int = 4, concentration: float = 16.0, single: bool = True
+) -> Measured:
     """Run the inner problem at many omega.
 
     Args:
@@ -81,6 +83,7 @@ def measure(lab: Lab, draws: int, n_groups: int, group_size: int = 8, concentrat
         n_groups: random groups left out.
         group_size: candidates per group.
         concentration: of the Dirichlet distribution; its relative standard deviation is about 1 / sqrt of it.
+        single: also leave out each candidate alone (otherwise those rows are those of the base run).
 
     Returns:
         J of each run.
@@ -91,12 +94,13 @@ def measure(lab: Lab, draws: int, n_groups: int, group_size: int = 8, concentrat
     random = gammas / gammas.sum(1, keepdim=True)
     members = [torch.randperm(n, generator=generator)[:group_size].tolist() for _ in range(n_groups)]
     groups = torch.stack([without(uniform, chosen) for chosen in members])
-    single = torch.stack([without(uniform, [k]) for k in range(n)])
+    alone = torch.stack([without(uniform, [k]) for k in range(n)]) if single else uniform[None, :].expand(n, n)
     start = time.monotonic()
-    everything = lab.measured([uniform, *random, *groups, *single])
+    everything = lab.measured([uniform, *random, *groups, *(alone if single else [])])
     seconds = (time.monotonic() - start) / len(everything)
-    base, random_j, groups_j, single_j = everything.split([1, draws, n_groups, n])
-    return Measured(base[0], random, random_j, groups, groups_j, single, single_j, seconds)
+    base, random_j, groups_j, single_j = everything.split([1, draws, n_groups, n if single else 0])
+    single_j = single_j if single else base.expand(n, 2)
+    return Measured(base[0], random, random_j, groups, groups_j, alone, single_j, seconds)
 
 
 def interval(predicted: Tensor, measured: Tensor, seed: int, resamples: int = 1000) -> tuple[float, float, float]:

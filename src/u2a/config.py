@@ -169,7 +169,9 @@ class SolveSection(Section):
     dpo_beta: Positive = option(0.1, "inverse temperature of the dpo objective")
     reward_samples: Annotated[int, Field(ge=2)] = option(4, "answers sampled per PA prompt by the reward objective")
     reward_max_new_tokens: Count = option(48, "tokens per answer of the reward objective and of each round's probe")
-    adjoint: Literal["identity", "implicit"] = option("implicit", "how H^-1 is applied to the gradient of J")
+    adjoint: Literal["identity", "implicit"] = option(
+        "identity", "how H^-1 is applied to the gradient of J when all candidates are screened"
+    )
     curvature: Literal["hessian", "gauss_newton", "fisher", "adam"] = option(
         "hessian", "what stands for H (adam: the metric of the optimiser)"
     )
@@ -182,7 +184,7 @@ class SolveSection(Section):
     scorer: Literal["auto", "backward", "central", "one_sided", "jvp"] = option(
         "auto", "directional derivatives of the losses (auto: the cheapest, exact where close)"
     )
-    folds: Annotated[int, Field(ge=1, le=64)] = option(4, "prompt-disjoint PA folds for standard errors")
+    folds: Annotated[int, Field(ge=1, le=64)] = option(8, "prompt-disjoint PA folds for standard errors")
     heldout_frac: Annotated[float, Field(ge=0.0, lt=1.0)] = option(0.2, "share of PA prompts kept for early stopping")
     estimator: Literal["shrunken", "lower_bound", "mean"] = option("shrunken", "what candidates are ranked by")
     confidence: Positive = option(1.0, "standard errors subtracted by lower_bound")
@@ -217,6 +219,9 @@ class UnlearnSection(Section):
     retain_term: Literal["none", "nll", "kl", "proximal"] = option("nll", "retain term (grad_diff needs nll or kl)")
     retain_weight: NonNegative = option(1.0, "weight of the retain term (lambda)")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "optimiser of a run (sgd: without momentum)")
+    adam_epsilon: Positive = option(
+        1e-8, "added to the root of AdamW's second moment (larger: smoother in the weights omega)"
+    )
     learning_rate: Positive = option(1e-4, "peak learning rate")
     max_steps: Count = option(30, "optimiser steps of a run")
     batch_size: Count = option(8, "samples per step and device")

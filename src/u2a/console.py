@@ -240,6 +240,7 @@ def reliability_text(found: Reliability) -> str:
         ["gradient cosine of the halves", number(found.gradient_cosine)],
         ["mean gain", shown],
         ["signal sd / noise sd", ratio],
+        ["p-value of no signal", number(found.p_signal)],
         ["pairs / folds / candidates", f"{found.n_pairs} / {found.n_folds} / {found.n_candidates}"],
     ]
     return _grid(["reliability of the gains", ""], rows, (34, 40)) + "\n" + _wrapped(reliability_sentence(found))

@@ -61,6 +61,7 @@ class Reliability(Row):
         mean_gain_se: its standard error over folds, or None.
         signal_sd: estimated standard deviation of the true centred gains (0 = no signal found).
         noise_sd: root mean square standard error of the centred gains.
+        p_signal: p-value of "no signal" over flips of whole folds' signs, or None with one fold.
         n_pairs, n_folds, n_candidates: sizes.
     """
 
@@ -71,6 +72,7 @@ class Reliability(Row):
     mean_gain_se: float | None = None
     signal_sd: float
     noise_sd: float
+    p_signal: float | None = None
     n_pairs: int
     n_folds: int
     n_candidates: int
@@ -86,7 +88,7 @@ class ScoreTable(Record):
         objective_se: its standard error over pairs, or None.
         reliability: split-half reliability and signal.
         solve: status of the linear solve, one per fold.
-        scorer_error: relative disagreement with exact forward-mode derivatives on a sample, or None.
+        scorer_error: relative disagreement with exact derivatives on a sample, or None.
     """
 
     rows: tuple[ScoreRow, ...]

@@ -248,6 +248,7 @@ def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int)
         gradient_accumulation_steps=section.gradient_accumulation_steps,
         max_grad_norm=section.max_grad_norm,
         optim="sgd" if section.optimizer == "sgd" else "adamw_torch",
+        adam_epsilon=section.adam_epsilon,
         weight_decay=0.0,
         logging_steps=1,
         save_strategy="steps" if section.save_steps else "no",

@@ -19,6 +19,7 @@ from u2a.bilevel.select import top_block
 from u2a.bilevel.solve import _warm_up, random_weights
 from u2a.bilevel.weight import mirror_step, penalty, penalty_gradient, refine
 from u2a.config import SolveSection, UnlearnSection
+from u2a.config_file import load_config
 from u2a.errors import ConfigError, NonFiniteError
 from u2a.losses import GA
 from u2a.progress import Quiet
@@ -40,7 +41,7 @@ def test_defect_01_the_hessian_is_really_inverted():
     assert found.status.steps > 1
     plain = flatten(Identity(rho).solve(gradient).value)
     assert float((flatten(found.value) - plain).norm() / plain.norm()) > 1e-2
-    assert SolveSection().adjoint == "implicit"
+    assert load_config(None, preset="paper").solve.adjoint == "implicit"
 
 
 @pytest.mark.parametrize("seed", range(4))

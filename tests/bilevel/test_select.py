@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from u2a.bilevel.select import (
+    LEVEL,
     PRIOR_DOF,
     FoldStatistics,
     LowerBound,
@@ -43,12 +45,12 @@ def statistics(
     gain: list[float],
     se: float | None,
     signal_var: float | None,
-    signal_var_se: float | None = 0.0,
+    p_signal: float | None = 0.0,
     mean_se: float = 0.1,
 ) -> FoldStatistics:
     values = torch.tensor(gain, dtype=torch.float64)
     errors = None if se is None else torch.full_like(values, se)
-    return FoldStatistics(values, errors, signal_var, signal_var_se, float(values.mean()), mean_se)
+    return FoldStatistics(values, errors, signal_var, p_signal, float(values.mean()), mean_se, 8)
 
 
 @given(rows=st.lists(st.tuples(SMALL, SMALL), min_size=3, max_size=12))
@@ -98,18 +100,20 @@ def test_fold_statistics_equal_the_formulas_written_out():
     assert np.allclose(found.se, pulled)
     signal = np.mean([np.cov(gains[:, a], gains[:, b])[0, 1] for a, b in itertools.combinations(range(4), 2)])
     assert found.signal_var == pytest.approx(signal)
-    left_out = []
-    for fold in range(4):
-        rest = np.delete(gains, fold, 1)
-        left_out.append(np.mean([np.cov(rest[:, a], rest[:, b])[0, 1] for a, b in itertools.combinations(range(3), 2)]))
-    assert found.signal_var_se == pytest.approx(math.sqrt(3 / 4 * np.square(left_out - np.mean(left_out)).sum()))
+    beaten = []
+    for flips in itertools.product([1, -1], repeat=3):
+        flipped = centred * np.array([1, *flips])
+        beaten.append(np.mean([flipped[:, a] @ flipped[:, b] for a, b in itertools.combinations(range(4), 2)]))
+    assert found.p_signal == pytest.approx(np.mean(np.array(beaten) >= beaten[0] - 1e-12))
 
 
-def test_one_fold_has_no_uncertainty_two_have_no_jackknife():
+def test_one_fold_has_no_uncertainty_and_two_can_only_agree_or_not():
     one = fold_statistics(table(1, 5, 1, 1.0, 1.0), [3])
     assert (one.se, one.signal_var, one.mean_gain_se, one.has_signal) == (None, None, None, False)
     two = fold_statistics(table(1, 5, 2, 1.0, 0.1), [3, 3])
-    assert two.signal_var_se is None
+    assert (two.p_signal, two.has_signal) == (0.5, True)
+    against = fold_statistics(table(1, 5, 2, 1.0, 0.1) * torch.tensor([1.0, -1.0]).double(), [3, 3])
+    assert (against.p_signal, against.has_signal) == (1.0, False)
     assert two.se is not None
 
 
@@ -137,12 +141,31 @@ def test_a_common_shift_of_a_fold_changes_neither_noise_nor_signal_of_the_rankin
     assert torch.allclose(first.centred, second.centred, atol=1e-9)
 
 
-def test_signal_is_claimed_where_it_is_and_rarely_where_it_is_not():
-    def claims(signal: float) -> float:
-        return np.mean([fold_statistics(table(s, 40, 4, signal, 1.0), [4] * 4).has_signal for s in range(200)])
+def shared_noise(seed: int, n: int, folds: int, signal: float, rank: int = 2) -> Tensor:
+    """Gains whose noise is shared by the candidates, as that of a few gradients is: low rank over candidates."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = signal * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    slopes = torch.randn(n, rank, generator=generator, dtype=torch.float64)
+    return truth + slopes @ torch.randn(rank, folds, generator=generator, dtype=torch.float64)
 
-    assert claims(1.0) > 0.99
-    assert claims(0.0) < 0.4
+
+@pytest.mark.parametrize("folds", [4, 8])
+@pytest.mark.parametrize("draw", [lambda s, k, x: table(s, 40, k, x, 1.0), lambda s, k, x: shared_noise(s, 40, k, x)])
+def test_signal_is_claimed_where_it_is_and_as_rarely_as_stated_where_it_is_not(
+    folds: int, draw: Callable[[int, int, float], Tensor]
+):
+    def claims(signal: float) -> float:
+        return np.mean([fold_statistics(draw(s, folds, signal), [4] * folds).has_signal for s in range(400)])
+
+    level = max(LEVEL, 0.5 ** (folds - 1))
+    assert claims(2.0) > 0.9
+    assert claims(0.0) < level + 3 * math.sqrt(level * (1 - level) / 400)
+
+
+def test_many_folds_are_tested_by_drawn_patterns_and_the_same_each_time():
+    first, again = (fold_statistics(table(3, 20, 16, 0.3, 1.0), [2] * 16).p_signal for _ in range(2))
+    assert first == again
+    assert 1 / 4096 <= first < 0.05
 
 
 def found_reliability(gains: Tensor, sizes: list[int]):

@@ -19,6 +19,7 @@ from u2a.bilevel.variance import between
 from u2a.config import SolveSection
 from u2a.solution import Reliability
 
+LEVEL = 0.05  # of the test for signal
 PRIOR_DOF = 4.0  # pseudo degrees of freedom that pull each candidate's noise towards the common one
 
 
@@ -30,7 +31,7 @@ class FoldStatistics:
         gain: (n,) gain under all pairs.
         se: (n,) standard error of the centred gain, or None with one fold.
         signal_var: estimated variance of the true centred gains; may be negative (no signal).
-        signal_var_se: its jackknife standard error over folds, or None with fewer than three.
+        p_signal: p-value of "no signal", by flipping the signs of whole folds, or None with one fold.
         mean_gain: average gain.
         mean_gain_se: its standard error, or None with one fold.
     """
@@ -38,9 +39,10 @@ class FoldStatistics:
     gain: Tensor
     se: Tensor | None
     signal_var: float | None
-    signal_var_se: float | None
+    p_signal: float | None
     mean_gain: float
     mean_gain_se: float | None
+    n_folds: int = 1
 
     @property
     def centred(self) -> Tensor:
@@ -49,10 +51,13 @@ class FoldStatistics:
 
     @property
     def has_signal(self) -> bool:
-        """Whether candidates differ by more than the noise: the variance is positive by over one standard error."""
-        if self.signal_var is None:
+        """Whether the folds agree on which candidates are better by more than chance would have it.
+
+        The level is 5 %, or the smallest p-value that so few folds can give at all (six or more can give less).
+        """
+        if self.signal_var is None or self.p_signal is None:
             return False
-        return self.signal_var > (self.signal_var_se or 0.0)
+        return self.signal_var > 0.0 and self.p_signal <= max(LEVEL, 0.5 ** (self.n_folds - 1))
 
 
 def fold_statistics(fold_gains: Tensor, fold_sizes: Sequence[int]) -> FoldStatistics:
@@ -76,18 +81,37 @@ def fold_statistics(fold_gains: Tensor, fold_sizes: Sequence[int]) -> FoldStatis
     own = centred.var(1, correction=1) / folds
     se = (((folds - 1) * own + PRIOR_DOF * own.mean()) / (folds - 1 + PRIOR_DOF)).sqrt()
     covariance = centred.T @ centred / max(1, n - 1)
-    signal, signal_se = between(covariance), None
-    if folds >= 3:
-        left_out = [between(_without(covariance, fold)) for fold in range(folds)]
-        spread = sum((value - sum(left_out) / folds) ** 2 for value in left_out)
-        signal_se = math.sqrt((folds - 1) / folds * spread)
     mean_se = float(fold_gains.mean(0).std(correction=1)) / math.sqrt(folds)
-    return FoldStatistics(gain, se, signal, signal_se, mean_gain, mean_se)
+    return FoldStatistics(gain, se, between(covariance), sign_flip_p(covariance), mean_gain, mean_se, folds)
 
 
-def _without(matrix: Tensor, index: int) -> Tensor:
-    keep = [k for k in range(matrix.shape[0]) if k != index]
-    return matrix[keep][:, keep]
+def sign_flip_p(covariance: Tensor, most: int = 4096) -> float:
+    """Test whether folds agree: p-value of the mean covariance between folds under flips of whole folds' signs.
+
+    Without signal a fold's centred gains are noise of symmetric distribution, independent between folds, so flipping
+    the sign of any fold changes nothing. The noise may be correlated between candidates as it likes (it is: all of
+    them are scored along the same few gradients), which the jackknife over few folds or a test over candidates do
+    not survive.
+
+    Args:
+        covariance: (folds, folds) of the centred gains, at least two folds.
+        most: sign patterns tried; more than 13 folds draw that many at random, seeded.
+
+    Returns:
+        Share of patterns (the one as found among them) with a mean covariance at least as large; at least
+        1 / 2^(folds - 1).
+
+    Source: Fisher's randomisation test; signs of whole groups as in Winkler et al. 2014.
+    """
+    folds = covariance.shape[0]
+    if 2 ** (folds - 1) <= most:
+        bits = torch.arange(2 ** (folds - 1))[:, None] >> torch.arange(folds - 1)[None, :] & 1
+    else:
+        bits = torch.randint(0, 2, (most, folds - 1), generator=torch.Generator().manual_seed(0))
+        bits[0] = 0
+    signs = torch.cat([torch.ones(len(bits), 1), 1.0 - 2.0 * bits], dim=1).to(covariance)
+    agreement = torch.einsum("pi,ij,pj->p", signs, covariance, signs)
+    return float((agreement >= agreement[0] - 1e-12 * covariance.abs().sum()).double().mean())
 
 
 def spearman(left: Tensor, right: Tensor) -> float | None:
@@ -156,6 +180,7 @@ def reliability(fold_gains: Tensor, fold_sizes: Sequence[int], gram: Tensor, sta
         mean_gain_se=statistics.mean_gain_se,
         signal_sd=math.sqrt(max(0.0, statistics.signal_var or 0.0)),
         noise_sd=noise,
+        p_signal=statistics.p_signal,
         n_pairs=sum(fold_sizes),
         n_folds=folds,
         n_candidates=n,
