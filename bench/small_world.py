@@ -108,6 +108,8 @@ def make_world(
     for name, share in KINDS[kind].candidates.items():
         of_kind = [row for row in corpus.mixture if row.kind == name]
         candidates += order.one_per_prompt(of_kind, round(share * n_candidates), taken)
+    if len(candidates) < n_candidates:
+        raise ValueError(f"{kind}: {len(candidates)} candidates of {n_candidates} (the texts hold no more prompts)")
     retain = [row for row in order(corpus.mixture) if row.kind == "benign" and prompt_key(row.prompt) not in taken]
     policy = base.policy(AdapterConfig(r=4, alpha=8.0), derive_seed(seed, "adapter"))
     return World(

@@ -180,6 +180,7 @@ def judged(gains: Tensor, measured: Measured, uniform: Tensor, seed: int) -> dic
         "leave_group_out": groups[0],
         "leave_group_out_interval": list(groups[1:]),
         "sign_accuracy": sign_accuracy(predicted, change[:, 0]),
+        "sign_base_rate": max(float((side * change[:, 0] > 0).double().mean()) for side in (1.0, -1.0)),
         "sign_accuracy_groups": sign_accuracy(group_predicted, group_change[:, 0]),
         "topk_precision": top_precision(gains, single_change[:, 0]),
     }

@@ -214,10 +214,11 @@ def compute_gains(
     found = adjoint.derivatives(point, [*(part.gradient for part in parts), *extra.values()], console)
     _check(found.values, losses.ids)
     columns = dict(zip(extra, found.values[:, len(parts) :].T, strict=True))
-    gains = _reduced(-found.values[:, : len(parts)], parts, extra, columns, outer.clusters_of(inner))
-    statistics = fold_statistics(gains, folds.sizes)
-    estimator = make_estimator(section)
-    estimates = estimator.estimate(statistics)
+    gains = _projected(-found.values[:, : len(parts)], parts, extra, columns)
+    statistics, estimator = fold_statistics(gains, folds.sizes), make_estimator(section)
+    clusters = outer.clusters_of(inner)  # pooling fits the folds: what tests and ranks their agreement is not pooled
+    ranked = statistics if clusters is None else fold_statistics(pooled(gains, clusters), folds.sizes)
+    estimates = estimator.estimate(ranked)
     damage = columns.get("retain")
     if damage is not None:
         estimates = estimates - section.damage_weight * damage
@@ -289,21 +290,16 @@ def _mean_gradient(losses: CandidateLosses, advance: Advance) -> Params:
     return total
 
 
-def _reduced(
-    gains: Tensor,
-    parts: Sequence[ObjectiveGradient],
-    extra: Mapping[str, Params],
-    columns: Mapping[str, Tensor],
-    clusters: Sequence[int] | None,
+def _projected(
+    gains: Tensor, parts: Sequence[ObjectiveGradient], extra: Mapping[str, Params], columns: Mapping[str, Tensor]
 ) -> Tensor:
-    """Gains by fold after the configured reductions of their variance."""
-    if "common" in extra:
-        common = extra["common"]
-        shares = torch.tensor([dot(part.gradient, common) for part in parts], dtype=torch.float64)
-        size = dot(common, common)
-        if size > 0.0:
-            gains = without_common(gains, -columns["common"], shares / size)
-    return gains if clusters is None else pooled(gains, clusters)
+    """Gains by fold, without the common direction where that is asked for."""
+    if "common" not in extra:
+        return gains
+    common = extra["common"]
+    shares = torch.tensor([dot(part.gradient, common) for part in parts], dtype=torch.float64)
+    size = dot(common, common)
+    return without_common(gains, -columns["common"], shares / size) if size > 0.0 else gains
 
 
 def _estimator_text(section: SolveSection, name: str) -> str:

@@ -107,8 +107,7 @@ class Implicit:
             return self.damping * unit, unit
         if isinstance(self.curvature, AdamMetric):
             return 0.0, None  # the metric of the steps themselves: 1 / (rate x steps) only scales it
-        options = point.problem.section
-        return 1.0 / (options.learning_rate * options.max_steps), None
+        return 1.0 / (point.problem.section.learning_rate * max(1, point.steps)), None
 
     def derivatives(self, point: InnerPoint, gradients: Sequence[Params], console: Console) -> Derivatives:
         """See :class:`Adjoint`."""

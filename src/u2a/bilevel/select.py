@@ -98,8 +98,8 @@ def sign_flip_p(covariance: Tensor, most: int = 4096) -> float:
         most: sign patterns tried; more than 13 folds draw that many at random, seeded.
 
     Returns:
-        Share of patterns (the one as found among them) with a mean covariance at least as large; at least
-        1 / 2^(folds - 1).
+        Share of patterns (the one as found among them) with a mean covariance at least as large; at least one over the
+        number of patterns, 2^(folds - 1) or ``most``.
 
     Source: Fisher's randomisation test; signs of whole groups as in Winkler et al. 2014.
     """
@@ -305,7 +305,8 @@ def decide(statistics: FoldStatistics, estimates: Tensor, fallback: str) -> Lite
 
     Returns:
         ``empty`` when nothing promises a gain: the mean gain is negative by over two standard errors where there
-        is no signal, or no estimate is positive where there is; ``random_k`` without signal; else ``none``.
+        is no signal, or no estimate is positive where there is; ``random_k`` without signal; else ``none``. With
+        one fold nothing can be tested and the gains are ranked as they are.
     """
     if fallback == "none" or statistics.se is None:
         return "none" if bool((estimates > 0).any()) else "empty"

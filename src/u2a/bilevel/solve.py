@@ -21,7 +21,7 @@ from u2a.bilevel.objective import Objective, objective_values
 from u2a.bilevel.select import decide, top_block
 from u2a.bilevel.weight import drop_small, frank_wolfe_gap, refine, with_block
 from u2a.config import SolveSection
-from u2a.errors import ConfigError
+from u2a.errors import ConfigError, NonFiniteError
 from u2a.modeling import Policy
 from u2a.progress import Console
 from u2a.record import derive_seed
@@ -237,10 +237,14 @@ def _refine_on_selected(search: _Search, state: _State) -> None:
         return
     inner = replace(search.inner, forget=tuple(search.inner.forget[k] for k in chosen))
     folds, reached = search.folds, Reached(_mapping(inner, best[chosen]), result)
-    if section.refine_adjoint == "unrolled":  # one sweep per fold is dear, and J measured anew decides anyway
+    if section.refine_adjoint == "unrolled" and folds.heldout:  # J on other pairs decides, so one sweep for all will do
         folds = folds.merged()
-    adjoint = make_refining_adjoint(section)
-    gains = compute_gains(search.solver.policy, inner, search.outer, folds, reached, search.console, adjoint)
+    adjoint, policy = make_refining_adjoint(section), search.solver.policy
+    try:
+        gains = compute_gains(policy, inner, search.outer, folds, reached, search.console, adjoint)
+    except (ConfigError, NonFiniteError) as error:  # a run that cannot be differentiated: the search stands as it is
+        state.stopped += f"; the weights were not refined ({error})"
+        return
     refined = _refined(best[chosen], gains, section)
     if torch.allclose(refined, best[chosen], rtol=0.0, atol=1e-12):
         return
@@ -317,8 +321,8 @@ def _refined(weights: Tensor, gains: Gains, section: SolveSection) -> Tensor:
 def _judge(state: _State, value: float) -> bool:
     """Accept the trial weights when J, measured at their inner solution, is the best so far; remember them then.
 
-    This is the finite-step change of g, measured instead of predicted: linear gains alone would always prefer the
-    one best candidate, since the weights share a sum of 1.
+    The finite step is measured instead of predicted: linear gains alone would always prefer the one best candidate,
+    since the weights share a sum of 1. The sparsity penalty acts in the mirror steps, not here.
 
     Returns:
         True when they are accepted.
