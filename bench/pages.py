@@ -99,7 +99,8 @@ def selection(found: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    parts = [_validity(found), _roughness(found["roughness"]), _study(found["study"]), _questions(found["questions"])]
+    parts = [_validity(found)] if "validity" in found else []
+    parts += [make(found[name]) for name, make in SECTIONS.items() if name in found]
     machine, model = found["machine"], found["model"]
     intro = (
         f"A transformer of {model['weights']:,} weights trained for {model['seconds']:.0f} s on real text "
@@ -236,6 +237,7 @@ def _questions(found: dict[str, Any]) -> str:
     )
 
 
+SECTIONS = {"roughness": _roughness, "study": _study, "questions": _questions}
 TITLES = {"scoring": "Scoring: cost and accuracy", "selection": "Selection: validity, and when choosing pays"}
 COMMANDS = {"scoring": "make bench-scoring", "selection": "make bench-selection"}
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -68,11 +69,16 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found.cpu().double() - exact).norm() / exact.norm())
 
 
-def prepared_rivals(subject: Subject, timings: Timings, console: Console) -> dict[str, Work]:
+def prepared_rivals(
+    subject: Subject, timings: Timings, console: Console, without: Sequence[str] = ()
+) -> dict[str, Work]:
     """The work of every rival that is installed and can be set up; the others leave their reason."""
     found: dict[str, Work] = {}
     for rival in rivals.RIVALS:
         if installed(rival.package) is None:
+            continue
+        if rival.package in without:
+            timings.failures[rival.package] = "left out by --without"
             continue
         console.say(f"set up {rival.package}")
         try:
@@ -265,7 +271,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     found |= measure_curvature(subject, timings, console)
     entries = works(subject, known) | {"query_gradient": lambda: next(iter(gradient(subject.query).values()))}
     entries |= several_directions(subject, max(1, min(PART, options.n // 4)))
-    foreign = prepared_rivals(subject, timings, console)
+    foreign = prepared_rivals(subject, timings, console, options.without)
     if forward_s < SHORT_S:
         rounds(entries, foreign, Budget(until, 1, CORE), Timings(), Console(quiet=True))  # first calls are slower
     rounds(entries, foreign, Budget(until, options.repeats, CORE), timings, console)
@@ -301,6 +307,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (its own default)")
     parser.add_argument("--peak-tflops", type=float, default=None, help="of the device, for the achieved share")
     parser.add_argument("--rivals", default=None, metavar="DIR", help="folder with the rivals' packages")
+    parser.add_argument("--without", nargs="*", default=[], metavar="PACKAGE", help="rivals to leave out")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON to this file")
     options = parser.parse_args(arguments)

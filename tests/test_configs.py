@@ -57,7 +57,7 @@ def test_every_run_starts_misaligned_and_has_the_random_control(path: Path) -> N
 def test_a_paper_config_uses_the_model_of_its_name_and_two_different_reward_models(stem: str) -> None:
     config = load_config(FOLDER / f"{stem}.yaml")
     assert config.model.name_or_path == MODELS[stem.rsplit("-", 1)[0]]
-    assert (config.model.dtype, config.solve.adjoint, config.solve.scorer) == ("bfloat16", "implicit", "jvp")
+    assert (config.model.dtype, config.solve.adjoint, config.solve.scorer) == ("bfloat16", "implicit", "auto")
     assert config.reward.model == config.reward.eval_model == "sequence_classification"
     assert config.reward.name_or_path != config.reward.eval_name_or_path, "the judge must not be the selector"
 

@@ -63,6 +63,7 @@ split-half correlation         0.410
 gradient cosine of the halves  0.230
 mean gain                      +0.0210 +- 0.0060
 signal sd / noise sd           0.0110 / 0.0090
+p-value of no signal           -
 pairs / folds / candidates     64 / 4 / 60
 
 Unlearning as such is predicted to help (the mean gain is beyond two standard errors of 0). The

@@ -307,7 +307,9 @@ def changed(**sections) -> RunConfig:
     ],
 )
 def test_shortages_say_what_to_do(lacking, options, expected):
-    (problem,) = shortages(FULL.model_copy(update=lacking), changed(**options))
+    (problem,) = shortages(
+        FULL.model_copy(update=lacking), changed(**options | {"solve": {"folds": 4} | options.get("solve", {})})
+    )
     assert problem.startswith(expected), problem
     assert problem.endswith(")")
 
@@ -322,7 +324,12 @@ def test_shortages_say_what_to_do(lacking, options, expected):
     ],
 )
 def test_what_is_not_needed_may_be_absent(lacking, options):
-    assert shortages(FULL.model_copy(update=lacking), changed(**options)) == []
+    assert (
+        shortages(
+            FULL.model_copy(update=lacking), changed(**options | {"solve": {"folds": 4} | options.get("solve", {})})
+        )
+        == []
+    )
 
 
 def test_description_counts_rows_and_prompts():

@@ -250,7 +250,7 @@ def test_changed_options_come_first() -> None:
     rows = {name: (value, default, differs) for name, value, default, differs in option_rows(fake_records().config)}
     changed = {name for name, row in rows.items() if row[2]}
     assert changed == {"output_dir", "seed", "model.name_or_path", "data.pairs", "solve.folds", "evaluation.controls"}
-    assert rows["solve.folds"] == ("2", "4", True)
+    assert rows["solve.folds"] == ("2", "8", True)
 
 
 def test_flattened_names_nested_values() -> None:

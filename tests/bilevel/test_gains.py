@@ -58,7 +58,10 @@ def test_gains_equal_the_dense_hypergradient_fold_by_fold(loss: str, term: str):
         hessian = dense_hessian(f, theta)
     rho = 1.0 + max(0.0, -2.0 * float(torch.linalg.eigvalsh((hessian + hessian.T) / 2).min()))
     section = inner.section.model_copy(update={"learning_rate": 1.0 / rho, "max_steps": 1})
-    inner, settings_ = replace(inner, section=section), outer(damping="auto")  # 1 / (rate x steps) = rho
+    inner, settings_ = (
+        replace(inner, section=section),
+        outer(adjoint="implicit", damping="auto"),
+    )  # 1 / (rate x steps) = rho
     folds = split_preference(settings_)
     gradients = per_sample_gradients([lambda p, r=r: loss_by_hand(loss, policy, r, p) for r in encoded], theta)
     found = compute_gains(policy, inner, settings_, folds, Reached(weights), QUIET)
@@ -117,7 +120,7 @@ def test_table_records_what_was_done():
 
 @pytest.mark.parametrize(("order", "budget"), [([3, 1, 0, 2], 200), ([2, 3, 1, 0], 1)])
 def test_gains_belong_to_ids_whatever_the_order_and_the_batches(order: list[int], budget: int):
-    options = outer(curvature_samples=3, damping=5.0, cg_tol=1e-7)
+    options = outer(adjoint="implicit", curvature_samples=3, damping=5.0, cg_tol=1e-7)
     inner = problem("npo", "none")
     folds = split_preference(options)
     first = compute_gains(small_policy(), inner, options, folds, Reached(inner.uniform()), QUIET).table
@@ -135,7 +138,7 @@ def test_a_sample_of_the_candidates_stands_for_all_in_the_curvature():
     inner = InnerProblem(same, section=problem("npo", "none").section)
     few, every = (
         compute_gains(policy, inner, settings_, split_preference(settings_), Reached(inner.uniform()), QUIET)
-        for settings_ in (outer(damping=5.0, curvature_samples=size) for size in (2, 16))
+        for settings_ in (outer(adjoint="implicit", damping=5.0, curvature_samples=size) for size in (2, 16))
     )
     assert torch.allclose(few.statistics.gain, every.statistics.gain, rtol=1e-5)
 

@@ -167,7 +167,9 @@ def test_automatic_damping_is_one_over_rate_times_steps_and_other_damping_is_in_
 
 
 def test_configured_adjoint():
-    assert make_adjoint(SolveSection(damping=0.3, cg_steps=7, cg_tol=1e-4)) == Implicit(CG(7, 1e-4), Hessian(), 0.3)
+    assert make_adjoint(SolveSection(adjoint="implicit", damping=0.3, cg_steps=7, cg_tol=1e-4)) == Implicit(
+        CG(7, 1e-4), Hessian(), 0.3
+    )
     assert make_adjoint(SolveSection(adjoint="identity")) == Identity()
 
 
