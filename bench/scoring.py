@@ -6,16 +6,17 @@ python bench/scoring.py --shape tiny --n 8                      seconds: random 
 python bench/scoring.py --shape llama-8b --device cuda --dtype bfloat16 --peak-tflops 989
 
 All contenders run in one process on the same rows in the same batches, in interleaved repetitions; figures are
-medians. The truth is one backward pass per sample. The last line of standard output is one JSON object.
+medians. A rival joins in once it has finished the job in a process of its own within a limit (--trial-limit). The truth
+is one backward pass per sample. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import signal
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +38,6 @@ SCORERS = ("central", "one_sided_known_base", "one_sided", "jvp", "backward")
 EXACT = ("jvp", "backward")
 PART = 4  # four directions are timed on one candidate in four
 CURVATURE_ROUNDS = 3
-RIVAL_LIMIT_S = 75
 SHORT_S = 1.0  # a forward pass shorter than this: all works are run once unmeasured first
 
 
@@ -70,42 +70,60 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def prepared_rivals(
-    subject: Subject, timings: Timings, console: Console, without: Sequence[str] = ()
+    subject: Subject, timings: Timings, console: Console, options: argparse.Namespace
 ) -> dict[str, Work]:
-    """The work of every rival that is installed and can be set up; the others leave their reason."""
+    """The work of every rival that is installed and passes its trial; the others leave their reason."""
     found: dict[str, Work] = {}
     for rival in rivals.RIVALS:
         if installed(rival.package) is None:
             continue
-        if rival.package in without:
-            timings.failures[rival.package] = "left out by --without"
-            continue
         console.say(f"set up {rival.package}")
-        try:
+        failure = trial_failure(rival.package, options)
+        if failure is None:
             with rivals.silenced():
                 work = rival.prepare(subject)
-        except Exception as error:  # whatever a foreign library raises is its result
-            timings.failures[rival.package] = reason(error)
-            console.say(f"  failed: {timings.failures[rival.package]}")
-            continue
-        found[rival.package] = lambda work=work: run_silenced(work)
+            found[rival.package] = lambda work=work: run_silenced(work)
+        else:
+            timings.failures[rival.package] = failure
+            console.say(f"  failed: {failure}")
     return found
 
 
-def run_silenced(work: Work) -> Tensor:
-    """A rival's work without its bars and logs; TimeoutError where it takes longer than ``RIVAL_LIMIT_S``."""
+def trial_failure(package: str, options: argparse.Namespace) -> str | None:
+    """Run a rival once in a process of its own, which can be stopped whatever it does; why it failed, or None."""
+    names = ("shape", "n", "max_tokens", "token_budget", "device", "dtype", "threads", "rivals")
+    given = [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(options, name)) is not None]
+    command = [sys.executable, __file__, *given, f"--trial={package}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.trial_limit, check=False)
+    except subprocess.TimeoutExpired:
+        return f"did not finish {options.n} candidates within {options.trial_limit:g} s (building the model included)"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1][:300] if lines else f"ended with status {done.returncode}"
 
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"stopped after {RIVAL_LIMIT_S} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(RIVAL_LIMIT_S)
+def run_trial(options: argparse.Namespace) -> None:
+    """Build the subject and run one rival once."""
+    rival = next(rival for rival in rivals.RIVALS if rival.package == options.trial)
+    subject = build(request(options))
     try:
         with rivals.silenced():
-            return work()
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+            rival.prepare(subject)()
+    except Exception as error:  # whatever a foreign library raises is its result
+        sys.exit(reason(error))
+
+
+def request(options: argparse.Namespace) -> Request:
+    """What to build, from the command line."""
+    return Request(options.shape, options.n, options.max_tokens, options.token_budget, options.device, options.dtype)
+
+
+def run_silenced(work: Work) -> Tensor:
+    """A rival's work without its bars and logs."""
+    with rivals.silenced():
+        return work()
 
 
 def measure_curvature(subject: Subject, timings: Timings, console: Console) -> dict[str, Any]:
@@ -260,9 +278,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         grown: dict[str, Any] = {name: memory.compare(name) for name in ("central", "backward")}
         found |= {"memory": grown, "peak_rss_growth": max(row["growth"] for row in grown.values())}
     console.say(f"build {options.shape} with {options.n} candidates")
-    subject = build(
-        Request(options.shape, options.n, options.max_tokens, options.token_budget, options.device, options.dtype)
-    )
+    subject = build(request(options))
     timings = Timings()
     start = time.monotonic()
     known = subject.losses.values()  # warm-up, and the known base
@@ -271,7 +287,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     found |= measure_curvature(subject, timings, console)
     entries = works(subject, known) | {"query_gradient": lambda: next(iter(gradient(subject.query).values()))}
     entries |= several_directions(subject, max(1, min(PART, options.n // 4)))
-    foreign = prepared_rivals(subject, timings, console, options.without)
+    foreign = prepared_rivals(subject, timings, console, options)
     if forward_s < SHORT_S:
         rounds(entries, foreign, Budget(until, 1, CORE), Timings(), Console(quiet=True))  # first calls are slower
     rounds(entries, foreign, Budget(until, options.repeats, CORE), timings, console)
@@ -307,7 +323,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (its own default)")
     parser.add_argument("--peak-tflops", type=float, default=None, help="of the device, for the achieved share")
     parser.add_argument("--rivals", default=None, metavar="DIR", help="folder with the rivals' packages")
-    parser.add_argument("--without", nargs="*", default=[], metavar="PACKAGE", help="rivals to leave out")
+    parser.add_argument("--trial-limit", type=float, default=90.0, help="seconds a rival's first run may take (90)")
+    parser.add_argument("--trial", default=None, metavar="PACKAGE", help="run one rival once and end")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON to this file")
     options = parser.parse_args(arguments)
@@ -323,6 +340,9 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     if options.rivals:
         rivals.use_folder(options.rivals)
+    if options.trial:
+        run_trial(options)
+        return
     found = run(options, console)
     for claim in found["targets"]:
         value = "none" if claim["value"] is None else f"{claim['value']:.4g}"

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 
 from inner_oracle import alone, encode_all, flat
 from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
+from u2a.adapter import fused_lora
 from u2a.config import AdapterConfig, ModelSection
 from u2a.encoding import Encoded, collate
 from u2a.errors import ConfigError, ModelError, NonFiniteError
@@ -345,3 +347,31 @@ def test_pickled_weights_are_never_read(tmp_path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot load"):
         load_model(ModelSection(name_or_path=str(folder), device="cpu"))
+
+
+def test_fused_lora_gives_the_layers_own_values_and_leaves_them_as_they_were() -> None:
+    policy = tiny_policy(lora_b_sd=0.3)
+    batch = policy.collate(encode_all(policy, examples(3)))
+    layers = [module for module in policy.model.modules() if type(module) is LoraLinear]
+    with torch.no_grad():
+        plain = answer_log_probs(policy.model, batch).token
+        with fused_lora(policy.model):
+            assert layers and all("forward" in vars(layer) for layer in layers)
+            fused = answer_log_probs(policy.model, batch).token
+        with policy.reference(), fused_lora(policy.model):  # a disabled adapter stays disabled
+            reference = answer_log_probs(policy.model, batch).token
+        with policy.reference():
+            expected = answer_log_probs(policy.model, batch).token
+    assert not any("forward" in vars(layer) for layer in layers)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(reference, expected) and not torch.equal(reference, plain)
+
+
+def test_fused_lora_leaves_layers_alone_that_are_more_than_plain_matrices() -> None:
+    policy = tiny_policy(lora_b_sd=0.3)
+    layers = [module for module in policy.model.modules() if type(module) is LoraLinear]
+    layers[0].merge()
+    layers[1].base_layer.to(torch.bfloat16)
+    layers[2].lora_A["default"].register_forward_hook(lambda module, inputs, output: 2 * output)
+    with fused_lora(policy.model):
+        assert ["forward" in vars(layer) for layer in layers[:4]] == [False, False, False, True]

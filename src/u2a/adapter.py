@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from u2a.config import AdapterConfig
@@ -98,3 +103,55 @@ def remove_chance(model: nn.Module) -> None:
         for name in RANDOM_RATES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+@contextmanager
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """Add the LoRA products into the output of the base layers in place, for the duration of a ``with`` block.
+
+    For passes without gradients only. The values are those of the layers' own forward; what is saved is a temporary
+    of the output's size, two elementwise passes over it and the matrix product's second dispatch. Layers that are
+    more than plain LoRA in one precision (merged, disabled, several adapters, quantised, hooked) keep their forward.
+
+    Args:
+        model: any model.
+    """
+    changed = [module for module in model.modules() if _plain_lora(module)]
+    for module in changed:
+        module.forward = _fused_forward(cast(LoraLinear, module))
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _plain_lora(module: nn.Module) -> bool:
+    """Whether a module is base(x) + scaling * B A x with plain matrices of one floating type, and nothing else."""
+    if type(module) is not LoraLinear or "forward" in vars(module):
+        return False
+    if module.merged or module.disable_adapters or len(module.active_adapters) != 1:
+        return False
+    name = module.active_adapters[0]
+    if name not in module.lora_A or module.lora_variant:
+        return False
+    down, up, base = module.lora_A[name], module.lora_B[name], module.base_layer
+    parts = (base, down, up)
+    if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return False
+    weights = [cast(nn.Linear, part).weight for part in parts]
+    return down.bias is None and up.bias is None and len({(item.dtype, item.device) for item in weights}) == 1
+
+
+def _fused_forward(module: LoraLinear) -> Callable[[Tensor], Tensor]:
+    name = module.active_adapters[0]
+    down, up = cast(nn.Linear, module.lora_A[name]), cast(nn.Linear, module.lora_B[name])
+    base, scaling = cast(nn.Linear, module.base_layer), module.scaling[name]
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
+        out = base(rows)
+        torch.addmm(out, down(rows), up.weight.t(), alpha=scaling, out=out)  # torch counts its operations, not addmm_'s
+        return out.view(*x.shape[:-1], -1)
+
+    return forward

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from u2a.adapter import add_adapter, refuse_adapter, remove_chance
+from u2a.adapter import add_adapter, fused_lora, refuse_adapter, remove_chance
 from u2a.config import AdapterConfig
 from u2a.encoding import Batch, Encoded, Encoder, collate, token_batches
 from u2a.errors import ModelError, NonFiniteError
@@ -216,7 +216,7 @@ class Policy:
             (n,) float32 on the CPU, in the order given.
         """
         out = torch.zeros(len(encoded))
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), fused_lora(self.model):
             for batch in token_batches(encoded, self.token_budget):
                 out[batch] = self.log_probs([encoded[index] for index in batch]).sum.float().cpu()
         return out

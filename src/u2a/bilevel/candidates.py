@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from u2a.adapter import fused_lora
 from u2a.bilevel.vectors import dot
 from u2a.encoding import Encoded, token_batches
 from u2a.errors import NonFiniteError
@@ -92,7 +93,8 @@ class CandidateLosses:
         Returns:
             (n,) float64 on the CPU.
         """
-        out = self.filled(lambda batch: self.of(batch)[:, None], 1, advance or Quiet())[:, 0]
+        with fused_lora(self.policy.model):
+            out = self.filled(lambda batch: self.of(batch)[:, None], 1, advance or Quiet())[:, 0]
         self.check(out)
         return out
 
