@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     BertConfig,
@@ -18,7 +21,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from tiny import ask, examples, pairs, tiny_policy, tiny_tokenizer
+from tiny import ask, examples, pairs, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
 from u2a.config import RewardSection
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
@@ -27,6 +30,8 @@ from u2a.reward import (
     CallableReward,
     DpoSettings,
     Embedder,
+    HeadTraining,
+    HiddenStates,
     ImplicitReward,
     SequenceClassifierReward,
     TokenValueHead,
@@ -34,13 +39,17 @@ from u2a.reward import (
     build_reward_model,
     evaluation_section,
     load_embedding_reward,
+    load_reward_model,
     reward_card,
     train_embedding_reward,
     train_implicit_reward,
+    train_language_model_reward,
+    train_reward_head,
 )
 from u2a.reward.analysis import split_reward_pairs
-from u2a.reward.embedding import L2_GRID, fit_bradley_terry, fit_head
-from u2a.types import Message, Pair
+from u2a.reward.head import L2_GRID, fit_bradley_terry, fit_head, load_head
+from u2a.reward.train import split_by_prompt
+from u2a.types import Message
 
 torch.set_num_threads(1)
 QUIET = Console(quiet=True)
@@ -77,6 +86,30 @@ def test_bradley_terry_meets_the_stationarity_condition_of_its_penalised_loss() 
     weights = fit_bradley_terry(differences, 0.2)
     pull = sum(row / (1 + math.exp(row @ weights)) for row in differences) / 50
     np.testing.assert_allclose(pull, 0.2 * weights, atol=1e-5)
+
+
+def test_bradley_terry_is_logistic_regression_without_intercept() -> None:
+    rng = np.random.default_rng(3)
+    good, bad = rng.normal(size=(80, 4)) + 0.3, rng.normal(size=(80, 4))
+    # statsmodels needs both labels: half the pairs are turned around, which changes nothing without an intercept
+    sign = np.where(np.arange(80) % 2 == 0, 1.0, -1.0)
+    design, label = (good - bad) * sign[:, None], (sign > 0).astype(float)
+    free = sm.Logit(label, design).fit(disp=0, tol=1e-12)
+    np.testing.assert_allclose(fit_bradley_terry(good - bad, 1e-9), free.params, atol=1e-4)
+    # its elastic net with L1_wt=0 adds (alpha / 2) |w|^2 to the mean negative log likelihood
+    ridge = sm.GLM(label, design, family=sm.families.Binomial()).fit_regularized(alpha=0.3, L1_wt=0.0)
+    np.testing.assert_allclose(fit_bradley_terry(good - bad, 0.3), ridge.params, atol=1e-4)
+
+
+@settings(max_examples=4)
+@given(order=st.permutations(range(24)))
+def test_head_does_not_depend_on_the_order_of_the_pairs(order: list[int]) -> None:
+    rng = np.random.default_rng(4)
+    good, bad = rng.normal(size=(24, 3)) + 0.4, rng.normal(size=(24, 3))
+    prompts = [f"p{index // 2}" for index in range(24)]
+    there, back = fit_head(good, bad, prompts), fit_head(good[order], bad[order], [prompts[k] for k in order])
+    assert there.l2 == back.l2
+    np.testing.assert_allclose(there.weights, back.weights, atol=1e-6)
 
 
 def test_swapping_chosen_and_rejected_negates_the_head() -> None:
@@ -162,6 +195,144 @@ def test_packaged_minilm_puts_paraphrases_together() -> None:
         ["How do I make a cup of tea?", "What is the way to brew tea?", "The compiler reports a type error."]
     )
     assert tea @ brew > 0.7 > 0.3 > tea @ code
+
+
+# --- hidden states of a causal model ------------------------------------------------------------
+
+
+def test_hidden_states_are_means_over_answer_tokens_of_single_forwards() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    states = HiddenStates(model, tokenizer, "tiny", token_budget=150)
+    rows = states.means([*PROMPTS, PROMPTS[0]], [*ANSWERS, ANSWERS[0]])
+    encoder = Encoder(tokenizer, 512)
+    for prompt, answer, row, tokens in zip(PROMPTS, ANSWERS, rows, states.tokens(PROMPTS, ANSWERS), strict=False):
+        item = encoder.encode(prompt, answer)
+        with torch.no_grad():
+            out = model(torch.tensor([item.input_ids]), output_hidden_states=True).hidden_states[-1][0].numpy()
+        np.testing.assert_allclose(tokens, out[-len(answer) - 1 :], atol=1e-4)  # one per byte, and the end of turn
+        np.testing.assert_allclose(row, out[-len(answer) - 1 :].mean(0), atol=1e-4)
+    assert np.array_equal(rows[0], rows[3])
+
+
+@settings(max_examples=25)
+@given(budget=st.integers(1, 2000), order=st.permutations(range(3)))
+def test_hidden_states_do_not_depend_on_the_batch(budget: int, order: list[int]) -> None:
+    singly = np.vstack([STATES.means([prompt], [answer]) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)])
+    batched = HiddenStates(MODEL, tiny_tokenizer(), "tiny", token_budget=budget)
+    found = batched.means([PROMPTS[k] for k in order], [ANSWERS[k] for k in order])
+    np.testing.assert_allclose(found, singly[order], atol=1e-4)
+
+
+MODEL = tiny_model()
+STATES = HiddenStates(MODEL, tiny_tokenizer(), "tiny")
+
+
+def test_head_on_hidden_states_learns_and_its_token_rewards_average_to_its_score() -> None:
+    held_out = pairs(20, start=100)
+    model = train_language_model_reward(STATES, pairs(30))
+    assert reward_card(model, held_out, 30).pair_accuracy >= 0.9
+    prompts, answers = [pair.prompt for pair in held_out], [pair.rejected for pair in held_out]
+    means = [float(row.mean()) for row in model.token_rewards(prompts, answers)]
+    np.testing.assert_allclose(model.score(prompts, answers).numpy(), means, atol=1e-4)
+    assert model.score([], []).shape == (0,)
+
+
+# --- training from a file -----------------------------------------------------------------------
+
+
+def write_rows(path: Path, n: int) -> str:
+    """A file of ``n`` pairs on as many prompts."""
+    rows = [{"prompt": p.prompt[0].content, "chosen": p.chosen, "rejected": p.rejected} for p in pairs(n)]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "language_model"])
+def test_trained_head_is_saved_whole_and_loads_back_the_same(
+    kind: str, encoder_folder: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = encoder_folder if kind == "embedding" else str(save_tiny(tmp_path / "base"))
+    monkeypatch.chdir(Path(base).parent)
+    trained = train_reward_head(Path(base).name, write_rows(tmp_path / "rows.jsonl", 40), tmp_path / "head")
+    assert sorted(path.name for path in trained.folder.iterdir()) == ["card.json", "head.json", "head.safetensors"]
+    assert load_head(trained.folder)[1].kind == kind  # seen from the base's configuration
+    monkeypatch.chdir(tmp_path)  # the base was given relative to another directory
+    again = load_reward_model(str(trained.folder), "auto", "cpu")
+    prompts, answers = [pair.prompt for pair in pairs(5, 60)], [pair.chosen for pair in pairs(5, 60)]
+    torch.testing.assert_close(trained.model.score(prompts, answers), again.score(prompts, answers), atol=1e-4, rtol=0)
+    assert np.array_equal(trained.model.head.weights, again.head.weights)
+    assert again.name == trained.model.name
+    assert (trained.card.n_train, trained.card.n_pairs) == (32, 8)
+    assert trained.card.pair_accuracy >= 0.75
+    assert json.loads((trained.folder / "card.json").read_text()) == trained.card.model_dump(mode="json")
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        train_reward_head(base, str(tmp_path / "rows.jsonl"), trained.folder)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_card_is_that_of_the_held_out_prompts(encoder_folder: str, tmp_path) -> None:
+    trained = train_reward_head(encoder_folder, write_rows(tmp_path / "rows.jsonl", 40), tmp_path / "head")
+    _, held_out = split_by_prompt(pairs(40), HeadTraining())
+    assert trained.card == reward_card(trained.model, held_out, 32)
+
+
+def test_what_cannot_be_trained_on_is_refused_before_the_base_is_loaded(tmp_path) -> None:
+    with pytest.raises(DataError, match="19 pairs on 19 prompts, 4 of them held out, expected at least 20"):
+        train_reward_head("no such model", write_rows(tmp_path / "few.jsonl", 19), tmp_path / "head")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "chosen": "a"}\n')
+    with pytest.raises(DataError, match="bad.jsonl:1: rejected: missing"):
+        train_reward_head("no such model", str(tmp_path / "bad.jsonl"), tmp_path / "head")
+    with pytest.raises(ModelError, match="no readable model configuration"):
+        train_reward_head("no such model", write_rows(tmp_path / "rows.jsonl", 20), tmp_path / "head")
+    long = [{"prompt": "q" * 90 + str(k), "chosen": "a", "rejected": "b"} for k in range(20)]
+    base = str(save_tiny(tmp_path / "base"))
+    with pytest.raises(DataError, match="leave no room"):
+        train_reward_head(base, long, tmp_path / "head", HeadTraining(max_length=64))
+    assert not (tmp_path / "head").exists()
+    with pytest.raises(ConfigError, match=r"(?s)holdout_frac: 1.0.*min_prompts: 7.*max_length: 1"):
+        HeadTraining(holdout_frac=1.0, min_prompts=7, max_length=1)
+
+
+@given(order=st.permutations(range(36)), frac=st.floats(0.05, 0.8), seed=st.integers(0, 5))
+def test_split_holds_out_whole_prompts_whatever_the_order(order: list[int], frac: float, seed: int) -> None:
+    twins = [pair.model_copy(update={"id": f"{pair.id}x", "rejected": "worse"}) for pair in pairs(12)]
+    rows, settings = [*pairs(24), *twins], HeadTraining(holdout_frac=frac, seed=seed)
+    train, held = split_by_prompt([rows[index] for index in order] + rows[:3], settings)
+    assert (train, held) == split_by_prompt(rows, settings)
+    assert sorted(pair.id for pair in train + held) == sorted(pair.id for pair in rows)
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in held}
+    assert len({pair.prompt for pair in held}) == math.ceil(frac * 24)
+
+
+def test_a_head_is_refused_on_other_weights_and_in_other_states(tmp_path) -> None:
+    base = save_tiny(tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", 20)
+    folder = train_reward_head(str(base), rows, tmp_path / "head").folder
+    with pytest.raises(ModelError, match="kind 'language_model', expected 'embedding'"):
+        load_embedding_reward(folder)
+    save_tiny(base, seed=1)
+    with pytest.raises(ModelError, match="are not those this head was trained on"):
+        load_reward_model(str(folder), "head", "cpu")
+    about = json.loads((folder / "head.json").read_text())
+    (folder / "head.json").write_text(json.dumps({**about, "format": 99}))
+    with pytest.raises(ModelError, match="format 99, expected 2"):
+        load_head(folder)
+    with pytest.raises(ModelError, match="no reward head there"):
+        load_reward_model(str(base), "head", "cpu")
+    with pytest.raises(ModelError, match="no reward model .LlamaForCausalLM; expected"):
+        load_reward_model(str(base), "auto", "cpu")
+
+
+def test_a_save_that_fails_leaves_nothing(encoder_folder: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = train_embedding_reward(Embedder(encoder_folder), pairs(8))
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("u2a.reward.head.write_whole", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save(tmp_path / "head")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- language models as reward models -----------------------------------------------------------
@@ -257,30 +428,7 @@ def test_callable_reward_must_answer_for_every_text() -> None:
     assert seen == ["one?", "a longer question, two?", "x"]
 
 
-# --- card and analysis --------------------------------------------------------------------------
-
-
-def test_card_counts_ties_half_and_correlates_with_length() -> None:
-    rows = [Pair(id=str(i), prompt=ask("q"), chosen="a" * c, rejected="b" * r) for i, (c, r) in enumerate(SIZES)]
-    card = reward_card(LENGTH, rows, 7)
-    assert card.pair_accuracy == pytest.approx((2 + 0.5) / 4)
-    assert (card.n_pairs, card.n_train, card.name) == (4, 7, "length")
-    assert card.length_correlation == pytest.approx(1.0)
-    assert card.pair_accuracy_low is not None
-    assert card.pair_accuracy_low < 0.625 < card.pair_accuracy_high
-
-
-SIZES = [(3, 1), (5, 2), (1, 4), (2, 2)]
-
-
-def test_card_without_pairs_is_undefined_not_zero() -> None:
-    card = reward_card(LENGTH, [], 0)
-    assert card.pair_accuracy is None
-    assert card.pair_accuracy_low is None
-    assert card.length_correlation is None
-    constant = CallableReward("constant", lambda prompts, answers: [1.0] * len(answers))
-    assert reward_card(constant, pairs(5), 0).length_correlation is None
-    assert reward_card(constant, pairs(5), 0).pair_accuracy == 0.5
+# --- analysis --------------------------------------------------------------------------
 
 
 def test_analysis_of_sequence_rewards() -> None:
@@ -353,6 +501,9 @@ def test_build_loads_models_from_a_folder(kind: str, tmp_path) -> None:
     model = build_reward_model(RewardSection(model=kind, name_or_path=str(tmp_path)), [], None, 0, QUIET)
     assert model is not None
     assert model.score(PROMPTS, ANSWERS).shape == (3,)
+    seen = load_reward_model(str(tmp_path), "auto", "cpu")  # from the class named in the configuration
+    assert type(seen) is type(model)
+    assert torch.equal(seen.score(PROMPTS, ANSWERS), model.score(PROMPTS, ANSWERS))
     with pytest.raises(ModelError, match="cannot load reward model"):
         build_reward_model(RewardSection(model=kind, name_or_path=str(tmp_path / "no")), [], None, 0, QUIET)
 

@@ -106,7 +106,10 @@ def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
         path: where to.
         fingerprint: of the partition.
     """
-    tree = config.model_copy(update={"data": _absolute(config.data)}).model_dump(mode="json")
+    sets = [item.model_copy(update={"path": _absolute_path(item.path)}) for item in config.evaluation.prompt_sets]
+    evaluation = config.evaluation.model_copy(update={"prompt_sets": sets})
+    changes = {"data": _absolute(config.data), "evaluation": evaluation}
+    tree = config.model_copy(update=changes).model_dump(mode="json")
     tree["provenance"] = {
         "versions": versions(),
         "git": _git(),
@@ -129,10 +132,12 @@ def versions() -> Mapping[str, str]:
 
 def _absolute(data: DataSection) -> DataSection:
     """Paths that mean the same from the run's directory."""
-    changes = {
-        name: str(Path(value).absolute()) for name in SOURCES if (value := getattr(data, name)) and ":" not in value
-    }
+    changes = {name: _absolute_path(value) for name in SOURCES if (value := getattr(data, name))}
     return data.model_copy(update=changes)
+
+
+def _absolute_path(value: str) -> str:
+    return value if ":" in value else str(Path(value).absolute())
 
 
 def _processor() -> str:

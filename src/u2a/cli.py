@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in {"run": "all stages, from data to an aligned model and a report", **STAGES}.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("config", nargs="?", help="YAML file (see: u2a config --print)")
+        what = "YAML file, or the word train" if name == "reward" else "YAML file (see: u2a config --print)"
+        command.add_argument("config", nargs="?", help=what)
         _add_options(command)
         if name == "score":
             command.add_argument("--model", help="hub id, directory, or package:NAME")
@@ -46,8 +47,19 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--prefs", help="preference pairs: prompt, chosen, rejected")
             command.add_argument("--retain", help="ordinary instructions (optional)")
             command.add_argument("--out", help="where to write one JSON line per negative")
+        if name == "evaluate":
+            command.add_argument("--robustness", action="store_true", help="also attack the result and re-measure it")
+        if name == "reward":
+            command.add_argument("--pairs", help="with 'train': preference pairs to train a reward head on")
+            command.add_argument("--base", help="with 'train': sentence embedder or language model under the head")
+            command.add_argument("--out", help="with 'train': directory of the trained reward model")
     demo = commands.add_parser("demo", help="the packaged demo: a real chat model and a help desk's bad answers")
     _add_options(demo)
+    compare = commands.add_parser("compare", help="set several runs side by side, with paired intervals")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="output directory of an evaluated run")
+    compare.add_argument("--arm", default="after", help="arm compared (after: the solution)")
+    compare.add_argument("--out", type=Path, help="also write it: .html, .md or .json")
+    commands.add_parser("metrics", help="every metric: formula, direction, range, needs and caveat")
     config = commands.add_parser("config", help="print or check options")
     config.add_argument("config", nargs="?", help="YAML file to check")
     config.add_argument("--print", action="store_true", dest="show", help="every option, default, range and meaning")
@@ -75,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     handlers: dict[str, Callable[[argparse.Namespace], None]] = {
         "run": _run, "demo": _demo, "config": _config, "score": _score, "partition": _partition,
-        "reward": _stage, "solve": _stage, "unlearn": _stage, "evaluate": _stage, "report": _report,
+        "reward": _reward, "solve": _stage, "unlearn": _stage, "evaluate": _evaluate, "report": _report,
+        "compare": _compare, "metrics": _metrics,
     }  # fmt: skip
     try:
         handlers[options.command](options)
@@ -152,6 +165,50 @@ def _stage(options: argparse.Namespace) -> None:
 
     _hush_libraries()
     run_stage(config, options.command, options.quiet)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _stage(options)
+    if options.robustness:
+        from u2a.run import run_stage
+
+        run_stage(_loaded(options), "robustness", options.quiet)
+
+
+def _reward(options: argparse.Namespace) -> None:
+    given = [name for name in ("pairs", "base", "out") if getattr(options, name)]
+    if options.config != "train":
+        if given:
+            raise ConfigError(f"reward: --{given[0]} belongs to u2a reward train")
+        _stage(options)
+        return
+    missing = [f"--{name}" for name in ("pairs", "base", "out") if name not in given]
+    if missing:
+        raise ConfigError(f"reward train: {', '.join(missing)} missing")
+    from u2a.config_file import load_config
+
+    config = load_config(None, options.overrides, options.preset)
+    from u2a.progress import Console
+    from u2a.reward.train import HeadTraining, train_reward_head
+
+    _hush_libraries()
+    settings = HeadTraining(max_length=config.data.max_length, device=config.model.device, seed=config.seed)
+    train_reward_head(options.base, options.pairs, options.out, settings, config.data, Console(quiet=options.quiet))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from u2a.compare import compare_runs, comparison_markdown, write_comparison
+
+    found = compare_runs(options.runs, options.arm)
+    print(comparison_markdown(found), end="")
+    if options.out is not None:
+        print(write_comparison(found, options.out))
+
+
+def _metrics(_: argparse.Namespace) -> None:
+    from u2a.evaluation.metrics import described
+
+    print(described(), end="")
 
 
 def _report(options: argparse.Namespace) -> None:

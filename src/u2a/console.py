@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
-from u2a.evaluation.metrics import METRICS
+from u2a.evaluation.metrics import info
 from u2a.solution import Reliability, Round, Solution
 from u2a.types import Contrast, EvalTable, Metric
 
@@ -30,7 +30,8 @@ def better_direction(metric: str) -> Literal["higher", "lower"] | None:
         ``"higher"``, ``"lower"``, or None for a metric that is neither (answer length, refusals on mixed
         prompts) or is not in :data:`u2a.evaluation.metrics.METRICS`.
     """
-    direction = METRICS[metric].direction if metric in METRICS else "none"
+    found = info(metric)
+    direction = found.direction if found else "none"
     if direction == "none":
         return None
     return "higher" if direction == "up" else "lower"

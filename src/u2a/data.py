@@ -148,6 +148,27 @@ def parse_examples(rows: Iterable[RawRow], section: DataSection, good: bool) -> 
     return [example for example in examples if example is not None]
 
 
+def parse_prompts(rows: Iterable[RawRow], section: DataSection) -> list[Turns]:
+    """Interpret raw rows as prompts alone; the other columns are not looked at.
+
+    Args:
+        rows: raw rows.
+        section: the prompt's column (``fields.prompt``) and ``system_prompt``.
+
+    Returns:
+        One prompt per row.
+
+    Raises:
+        DataError: every problem, one line each.
+    """
+    problems: list[str] = []
+    readers = [_RowReader(row, section.fields, "data.fields", problems) for row in rows]
+    prompts = [reader.prompt([], ()) for reader in readers]
+    if problems:
+        raise DataError(problems)
+    return [_with_system(prompt, section.system_prompt) for prompt in prompts if prompt is not None]
+
+
 @dataclass(frozen=True)
 class _RowReader:
     """Interprets one row; what is wrong with it is appended to ``problems`` and the result is None."""

@@ -19,9 +19,8 @@ from u2a.config import RunConfig
 from u2a.data import Source
 from u2a.encoding import count_truncated
 from u2a.errors import RecordError
-from u2a.evaluation.evaluate import ArmResult, build_table, evaluate_arm
 from u2a.evaluation.expected_reward import sampled_reward
-from u2a.evaluation.generation import generate
+from u2a.evaluation.generation import Decoding, generate
 from u2a.finetune import finetune, mixture, n_steps
 from u2a.model_loading import check_adapter_layers, load_model, load_tokenizer
 from u2a.modeling import Policy, weights_fingerprint
@@ -29,12 +28,12 @@ from u2a.packaged import is_converted
 from u2a.partition import describe, partition
 from u2a.progress import Console
 from u2a.record import content_id, derive_seed
-from u2a.reward.analysis import analyse, build_reward_model, evaluation_section, reward_card, split_reward_pairs
+from u2a.reward.analysis import analyse, build_reward_model, split_reward_pairs
 from u2a.reward.base import RewardModel
 from u2a.reward.cluster import candidate_clusters
 from u2a.solution import ScoreTable, Solution
 from u2a.stage_store import AnyRecord, StageStore
-from u2a.types import EvalTable, Partition, RewardCard, RewardTable, UnlearnResult
+from u2a.types import Partition, RewardTable, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver
 
 SOLUTION_ARM = "u2a"
@@ -98,18 +97,31 @@ class Pipeline:
     @cached_property
     def policy(self) -> Policy:
         """The policy with its adapter, after the misaligned start where there is one."""
-        policy = self._policy_around(self._base())
+        policy = self.policy_around(self.base_model())
         if self.config.finetune.enabled:
             policy = self._misaligned(policy)
         return policy
 
-    def _base(self) -> PreTrainedModel:
+    def base_model(self) -> PreTrainedModel:
+        """The model as it was given, before any fine-tuning and without an adapter.
+
+        Returns:
+            The model: the one passed in, or loaded anew.
+        """
         if self._model is not None:
             return self._model
         with self.console.phase("load model"):
             return load_model(self.config.model)
 
-    def _policy_around(self, model: PreTrainedModel) -> Policy:
+    def policy_around(self, model: PreTrainedModel) -> Policy:
+        """A policy of this run's options around a model.
+
+        Args:
+            model: a model without an adapter.
+
+        Returns:
+            The policy, at its start.
+        """
         config = self.config
         return Policy(
             model, self.tokenizer, config.model.adapter, config.data.max_length, config.token_budget, config.seed
@@ -117,18 +129,27 @@ class Pipeline:
 
     def _misaligned(self, policy: Policy) -> Policy:
         """Fine-tune on the mixture, or read the merged model back."""
-        folder, key = self.dir / "base", self._key("finetune")
+        folder, key = self.dir / "base", self.key("finetune")
         if self.store.is_done("finetune", key) and folder.is_dir():
             self.console.say("  misaligned start: read back")
-            return self._policy_around(load_model(self.config.model.model_copy(update={"name_or_path": str(folder)})))
+            return self.policy_around(load_model(self.config.model.model_copy(update={"name_or_path": str(folder)})))
         before = dict(self.console.seconds)
-        model = self._finetuned(policy, leave_out_forget=False)
+        model = self.finetuned(policy, leave_out_forget=False)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.store.mark("finetune", key, before)
-        return self._policy_around(model)
+        return self.policy_around(model)
 
-    def _finetuned(self, policy: Policy, leave_out_forget: bool) -> PreTrainedModel:
+    def finetuned(self, policy: Policy, leave_out_forget: bool) -> PreTrainedModel:
+        """Fine-tune on the mixture of good and bad answers.
+
+        Args:
+            policy: around the base model.
+            leave_out_forget: without the forget set, which is what Retrain means.
+
+        Returns:
+            The merged model.
+        """
         section, seed = self.config.finetune, derive_seed(self.config.seed, "finetune")
         rows = mixture(self.partition, section, seed, leave_out_forget)
         name = "retrain" if leave_out_forget else "misaligned start"
@@ -168,7 +189,7 @@ class Pipeline:
         """Mean reward, under the selecting model, of the policy's own answers to a few PA prompts."""
         pairs = sorted(self.partition.preference, key=lambda pair: pair.id)[:PROBE_PROMPTS]
         prompts = [pair.prompt for pair in pairs]
-        answers = generate(policy, prompts, self.config.solve.reward_max_new_tokens)
+        answers = generate(policy, prompts, Decoding(self.config.solve.reward_max_new_tokens))
         return float(self._selecting_reward.score(prompts, answers).mean())
 
     # --- reward models ---------------------------------------------------------------------------
@@ -183,16 +204,6 @@ class Pipeline:
             raise RecordError("reward.model is none: no reward model to score with")
         return model
 
-    @cached_property
-    def _evaluating_reward(self) -> tuple[RewardModel, RewardCard] | None:
-        section = evaluation_section(self.config.reward)
-        pairs = split_reward_pairs(self.partition.reward)[1]
-        model = build_reward_model(section, pairs, None, derive_seed(self.config.seed, "eval reward"), self.console)
-        if model is None:
-            return None
-        trained = len(pairs) if section.model in TRAINED_HERE else 0
-        return model, reward_card(model, self.partition.evaluation, trained)
-
     # --- stages ----------------------------------------------------------------------------------
 
     def rewards(self) -> RewardTable | None:
@@ -204,7 +215,7 @@ class Pipeline:
         section = self.config.reward
         if section.model == "none":
             return None
-        key = self._key("reward", self._reward_options)
+        key = self.key("reward", self._reward_options)
 
         def compute() -> RewardTable:
             trained = len(split_reward_pairs(self.partition.reward)[0]) if section.model in TRAINED_HERE else 0
@@ -218,7 +229,7 @@ class Pipeline:
         Returns:
             Gains of all candidates; also ``scores.json``.
         """
-        key = self._key("score", *self._solve_options)
+        key = self.key("score", *self._solve_options)
         return self._stage(
             "score", "scores", ScoreTable, key, lambda: score(self.policy, self.inner, self.outer, self.console)
         )
@@ -233,7 +244,7 @@ class Pipeline:
 
     @cached_property
     def _solve_key(self) -> str:
-        return self._key("solve", *self._solve_options)
+        return self.key("solve", *self._solve_options)
 
     @property
     def _reward_options(self) -> dict[str, object]:
@@ -291,7 +302,7 @@ class Pipeline:
             path.unlink(missing_ok=True)
             self.policy.reset()
             return None
-        key = self._arm_key(arm, weights)
+        key = self.arm_key(arm, weights)
         if self._only not in (None, "unlearn"):
             self.store.current(name, UnlearnResult, key, "unlearn")
         if self.store.is_done(name, key) and path.exists() and saved.exists():
@@ -313,55 +324,17 @@ class Pipeline:
         self.store.mark(name, key, before)
         return result
 
-    def _arm_key(self, arm: str, weights: Mapping[str, float]) -> str:
-        return content_id(self._solve_key, arm, json.dumps(dict(weights), sort_keys=True))
+    def arm_key(self, arm: str, weights: Mapping[str, float]) -> str:
+        """Key of an unlearned arm.
 
-    def evaluation(self) -> EvalTable:
-        """Stage 5: measure every arm on held-out data and compare.
+        Args:
+            arm: its name.
+            weights: what it unlearns.
 
         Returns:
-            The table; also ``evaluation.json``, and one record per arm under ``arms/``.
+            The hash of both and of everything they rest on.
         """
-        section, seed = self.config.evaluation, self.config.seed
-        self.solution()  # an outdated one is refused before anything is measured
-        arms = {"before": self._evaluate("before")}
-        for arm in (SOLUTION_ARM, *section.controls):
-            arms["after" if arm == SOLUTION_ARM else arm] = self._evaluate(arm)
-        card = self._evaluating_reward[1] if self._evaluating_reward else None
-        table = build_table(arms, self.partition, section, seed, card, self.solution())
-        table.save(self.dir / "evaluation.json")
-        self.unlearn_arm(SOLUTION_ARM)  # leave the policy at the solution
-        return table
-
-    def _evaluate(self, arm: str) -> ArmResult:
-        """Measure one arm, or read its measurement back."""
-        name = "after" if arm == SOLUTION_ARM else arm
-        weights = {} if arm in ("before", "retrain") else self.arm_weights(arm)
-        source = self._arm_key(arm, weights) if weights else "retrain" if arm == "retrain" else "before"
-        options = self.config.evaluation.model_dump(exclude={"controls", "samples_shown"})
-        judge_options = self.config.reward.model_dump(include={"eval_model", "eval_name_or_path"})
-        key = self._key("evaluate", source, options, judge_options)
-
-        def compute() -> ArmResult:
-            policy = self.policy
-            if arm == "before":
-                policy.reset()
-            elif arm == "retrain":
-                policy = self._retrained()
-            else:
-                self.unlearn_arm(arm)
-            judge = self._evaluating_reward[0] if self._evaluating_reward else None
-            section, seed = self.config.evaluation, self.config.seed
-            return evaluate_arm(policy, self.partition, judge, section, seed, self.console, name)
-
-        return self.store.saved(f"arms/{name}", ArmResult, key, compute)
-
-    def _retrained(self) -> Policy:
-        """The baseline Retrain: the base model, fine-tuned on the mixture without the forget set."""
-        with self.console.phase("load model"):
-            base = load_model(self.config.model)
-        model = self._finetuned(self._policy_around(base), leave_out_forget=True)
-        return self._policy_around(model)
+        return content_id(self._solve_key, arm, json.dumps(dict(weights), sort_keys=True))
 
     # --- records and keys ------------------------------------------------------------------------
 
@@ -378,8 +351,16 @@ class Pipeline:
         """Fingerprint of a model passed as an object (a named one stands in the options)."""
         return "" if self._model is None else weights_fingerprint(self._model)
 
-    def _key(self, stage: str, *parts: object) -> str:
-        """Hash of exactly what a stage is computed from: data, seed, model, misaligned start, and ``parts``."""
+    def key(self, stage: str, *parts: object) -> str:
+        """Hash of exactly what a stage is computed from: data, seed, model, misaligned start, and ``parts``.
+
+        Args:
+            stage: its name.
+            *parts: what else it depends on, as JSON values.
+
+        Returns:
+            The hash.
+        """
         config = self.config
         model = config.model.model_dump(include={"name_or_path", "dtype", "attention", "load_in_4bit", "adapter"})
         texts = config.data.model_dump(include={"system_prompt", "max_length"})

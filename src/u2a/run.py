@@ -19,6 +19,7 @@ from u2a.console import evaluation_table, reliability_text, samples_text, select
 from u2a.data import Source
 from u2a.encoding import count_truncated
 from u2a.errors import ConfigError, ModelError
+from u2a.evaluation_stage import EvaluationStage
 from u2a.model_loading import load_model, load_tokenizer
 from u2a.modeling import Policy
 from u2a.partition import build_partition, read_inputs
@@ -27,6 +28,7 @@ from u2a.progress import Console
 from u2a.record import derive_seed, write_whole
 from u2a.report import write_report
 from u2a.reward.cluster import candidate_clusters
+from u2a.robustness.table import markdown as robustness_markdown
 from u2a.run_records import RunRecords
 from u2a.unlearn import InnerProblem
 
@@ -174,14 +176,14 @@ def finish(pipeline: Pipeline) -> Result:
     """
     config, console, folder = pipeline.config, pipeline.console, pipeline.dir
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline.partition  # noqa: B018 - reads and checks the data before any model is loaded
+    evaluation = EvaluationStage(pipeline)  # reads and checks all data before any model is loaded
     write_run_yaml(config, folder / "run.yaml", pipeline.partition.fingerprint)
     pipeline.rewards()
     solution = pipeline.solution()
     console.say(reliability_text(solution.scores.reliability))
     for arm in arms_of(config):  # the solution first: its inner run is often the last one of the selection
         pipeline.unlearn_arm(arm)
-    table = pipeline.evaluation()
+    table = evaluation.table()
     write_summary(pipeline, table)
     records = RunRecords.load(folder)
     save_model(pipeline.policy, records, folder / "adapter" if pipeline.policy.has_adapter else folder / "model")
@@ -205,7 +207,7 @@ def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
 
     Args:
         config: all options.
-        stage: ``partition``, ``reward``, ``score``, ``solve``, ``unlearn`` or ``evaluate``.
+        stage: ``partition``, ``reward``, ``score``, ``solve``, ``unlearn``, ``evaluate`` or ``robustness``.
         quiet: print nothing but errors.
 
     Raises:
@@ -232,8 +234,13 @@ def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
         records = RunRecords.load(pipeline.dir)
         folder = pipeline.dir / ("adapter" if pipeline.policy.has_adapter else "model")
         console.say(f"saved: {save_model(pipeline.policy, records, folder)}")
+    elif stage == "robustness":
+        table = EvaluationStage(pipeline).robustness()
+        text = robustness_markdown(table)
+        write_whole(pipeline.dir / "robustness.md", text)
+        console.say(text)
     else:
-        table = pipeline.evaluation()
+        table = EvaluationStage(pipeline).table()
         write_summary(pipeline, table)
         console.say(evaluation_table(table))
         console.say(f"Verdict: {table.verdict}")

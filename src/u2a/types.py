@@ -232,6 +232,7 @@ class Metric(Row):
         low, high: 95 % interval (bootstrap over prompts, or Wilson for rates), or None.
         n: items counted (prompts where the interval is clustered by prompt).
         values: per-item values for paired comparisons, keyed by item id; may be empty.
+        note: why there is no value (withheld, not available), or what must be read beside it; else empty.
     """
 
     value: float | None
@@ -239,6 +240,7 @@ class Metric(Row):
     high: float | None = None
     n: int = 0
     values: dict[str, float] = {}
+    note: str = ""
 
 
 class Sample(Row):
@@ -276,6 +278,24 @@ class Contrast(Row):
     n: int = 0
 
 
+class Agreement(Row):
+    """How alike two reward models rank the same things; 1 is the same order, 0 none, -1 the reverse.
+
+    Attributes:
+        first, second: the models.
+        over: ``prompts`` (each answer's reward) or ``arms`` (each arm's mean reward).
+        spearman, kendall: correlation with a 95 % interval from resampling prompts; ``n`` counts prompts.
+        n_ranked: answers or arms ranked; fewer than three have no order to compare.
+    """
+
+    first: str
+    second: str
+    over: str
+    spearman: Metric
+    kendall: Metric
+    n_ranked: int
+
+
 class EvalTable(Record):
     """Metrics of every arm on the held-out pairs, prompts and retain rows.
 
@@ -284,6 +304,9 @@ class EvalTable(Record):
         contrasts: paired differences (``after`` against ``before`` and ``random_k``).
         samples: generated answers.
         reward_card: the evaluation reward model (never the one that selects).
+        second_reward_card: the second reward model, where there is one.
+        agreements: how alike both reward models rank answers and arms.
+        collapsed: what prevails in the answers of an arm that has collapsed, by arm.
         verdict: one sentence: did selection beat random-k: yes, no, or not shown.
     """
 
@@ -291,4 +314,7 @@ class EvalTable(Record):
     contrasts: tuple[Contrast, ...] = ()
     samples: tuple[Sample, ...] = ()
     reward_card: RewardCard | None = None
+    second_reward_card: RewardCard | None = None
+    agreements: tuple[Agreement, ...] = ()
+    collapsed: dict[str, str] = {}
     verdict: str = ""

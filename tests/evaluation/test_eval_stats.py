@@ -6,12 +6,16 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from statsmodels.stats.proportion import proportion_confint
 
+from u2a.errors import DataError
 from u2a.evaluation.stats import (
     bootstrap_mean,
     bootstrap_ratio,
+    hierarchical_difference,
     paired_difference,
     paired_perplexity_difference,
     pearson,
@@ -43,6 +47,14 @@ def test_wilson_mirrors_and_holds_the_rate(n: int, data: st.DataObject) -> None:
     assert 0.0 <= here.low <= here.value + 1e-12
     assert here.value - 1e-12 <= here.high <= 1.0
     assert here.low == pytest.approx(1 - there.high, abs=1e-12)
+
+
+@given(n=st.integers(1, 500), data=st.data(), level=st.floats(0.5, 0.999))
+def test_wilson_equals_statsmodels(n: int, data: st.DataObject, level: float) -> None:
+    k = data.draw(st.integers(0, n))
+    found = wilson(k, n, level)
+    assert (found.low, found.high) == pytest.approx(proportion_confint(k, n, 1 - level, method="wilson"), abs=1e-12)
+    assert found.method == "wilson"
 
 
 def test_nothing_counted_is_undefined() -> None:
@@ -138,3 +150,124 @@ def test_pearson_of_a_line_and_of_nothing() -> None:
     assert pearson([1.0, 2.0, 3.0], [1.0, 0.0, 1.0]) == pytest.approx(0.0, abs=1e-12)
     assert pearson([1.0, 2.0], [1.0, 2.0]) is None
     assert pearson([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+
+
+def skewed(n: int, seed: int) -> dict[str, float]:
+    """Log-normal values, on which percentile and BCa intervals differ."""
+    return {f"{k:03}": float(v) for k, v in enumerate(np.random.default_rng(seed).lognormal(0.0, 1.0, size=n))}
+
+
+@pytest.mark.parametrize(("seed", "level"), [(0, 0.95), (1, 0.9), (2, 0.8)])
+def test_bca_of_a_mean_equals_scipys(seed: int, level: float) -> None:
+    values = skewed(40, seed)
+    found = bootstrap_mean(values, {}, 40000, 0, level, "bca")
+    drawn = np.array(list(values.values()))
+    theirs = scipy.stats.bootstrap(
+        (drawn,), np.mean, n_resamples=40000, confidence_level=level, method="BCa", rng=np.random.default_rng(1)
+    ).confidence_interval
+    plain = bootstrap_mean(values, {}, 40000, 0, level)
+    width = plain.high - plain.low
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.02 * width)
+    assert found.high > plain.high + 0.03 * width  # so that the agreement above means something
+    assert (found.method, plain.method, found.value, found.n) == ("bca", "percentile", plain.value, 40)
+
+
+def test_bca_of_a_ratio_of_whole_clusters_equals_scipys() -> None:
+    rng = np.random.default_rng(4)
+    losses = {f"{c:02}.{r}": float(v) for c in range(30) for r, v in enumerate(rng.lognormal(size=c % 3 + 1))}
+    tokens = {key: float(rng.integers(1, 9)) for key in losses}
+    groups = {key: key.split(".")[0] for key in losses}
+    found = bootstrap_ratio(losses, tokens, groups, 40000, 0, 0.9, "bca")
+    columns = [
+        [sum(v for k, v in column.items() if groups[k] == f"{c:02}") for c in range(30)] for column in (losses, tokens)
+    ]
+    theirs = scipy.stats.bootstrap(
+        columns,
+        lambda a, b, axis=-1: a.sum(axis) / b.sum(axis),
+        paired=True,
+        n_resamples=40000,
+        confidence_level=0.9,
+        method="BCa",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.02 * (found.high - found.low))
+    assert (found.method, found.n) == ("bca", 30)
+
+
+def test_bca_mirrors_and_shifts_with_the_data() -> None:
+    values = skewed(25, 3)
+    here = bootstrap_mean(values, {}, 2000, 0, method="bca")
+    mirrored = bootstrap_mean({key: 7 - value for key, value in values.items()}, {}, 2000, 0, method="bca")
+    assert (mirrored.low, mirrored.high) == pytest.approx((7 - here.high, 7 - here.low), abs=1e-9)
+    zeros = dict.fromkeys(values, 0.0)
+    assert paired_difference(values, zeros, {}, 2000, 0, method="bca") == here
+
+
+def test_bca_falls_back_where_it_is_undefined_and_says_so() -> None:
+    constant = bootstrap_mean({str(k): 0.1 for k in range(9)}, {}, 200, 0, method="bca")
+    assert constant.method == "percentile"
+    assert (constant.low, constant.high) == pytest.approx((0.1, 0.1))
+    one_draw = bootstrap_mean(skewed(9, 0), {}, 1, 0, method="bca")  # it lies on one side of the estimate
+    assert one_draw.method == "percentile"
+    single = bootstrap_mean({"a": 1.0}, {}, 100, 0, method="bca")
+    assert (single.value, single.low, single.method) == (1.0, None, None)
+
+
+def crossed(rng: np.random.Generator, seeds: int, prompts: int, sizes: tuple[float, float, float]) -> dict:
+    """Differences around 0 with an effect of each seed, of each prompt and of each pair, of given deviations."""
+    by_seed, by_prompt = sizes[0] * rng.normal(size=(seeds, 1)), sizes[1] * rng.normal(size=(1, prompts))
+    table = by_seed + by_prompt + sizes[2] * rng.normal(size=(seeds, prompts))
+    return {f"s{i}": {f"p{j}": float(v) for j, v in enumerate(row)} for i, row in enumerate(table)}
+
+
+@pytest.mark.parametrize("method", ["percentile", "bca"])
+@pytest.mark.parametrize("sizes", [(0.5, 1.0, 0.5), (0.0, 1.0, 0.2)])
+def test_hierarchical_bootstrap_covers(sizes: tuple[float, float, float], method: str) -> None:
+    rng = np.random.default_rng(7)
+    hits = 0
+    for trial in range(200):
+        interval = hierarchical_difference(crossed(rng, 20, 30, sizes), 300, trial, method=method)
+        hits += interval.low <= 0.0 <= interval.high
+        assert interval.method == method
+    assert 0.89 <= hits / 200 <= 0.99  # 95 % nominal; 3 binomial standard errors are 0.046
+
+
+def test_seeds_alone_or_prompts_alone_would_be_too_narrow() -> None:
+    rng = np.random.default_rng(8)
+    by_prompts = by_seeds = 0
+    for trial in range(100):
+        table = crossed(rng, 12, 30, (0.3, 2.0, 0.0))  # mostly a matter of prompts
+        over_seeds = bootstrap_mean({s: float(np.mean(list(row.values()))) for s, row in table.items()}, {}, 200, trial)
+        by_seeds += over_seeds.low <= 0.0 <= over_seeds.high
+        table = crossed(rng, 12, 30, (1.5, 1.0, 0.0))  # mostly a matter of seeds
+        means = {p: float(np.mean([row[p] for row in table.values()])) for p in table["s0"]}
+        over_prompts = bootstrap_mean(means, {}, 200, trial)
+        by_prompts += over_prompts.low <= 0.0 <= over_prompts.high
+    assert by_seeds / 100 < 0.75
+    assert by_prompts / 100 < 0.75
+
+
+def test_hierarchical_bootstrap_has_the_variance_of_drawing_both_kinds() -> None:
+    table = crossed(np.random.default_rng(9), 6, 50, (1.0, 2.0, 0.0))
+    values = np.array([list(row.values()) for row in table.values()])
+    # Without interaction: Var = var(seed means) / seeds + var(prompt means) / prompts, each with divisor n.
+    sd = math.sqrt(values.mean(1).var() / 6 + values.mean(0).var() / 50)
+    level = 0.6827  # one standard deviation each side of a normal mean
+    found = hierarchical_difference(table, 20000, 0, level)
+    assert found.value == pytest.approx(values.mean(), abs=1e-12)
+    assert (found.high - found.low) / 2 == pytest.approx(sd, rel=0.05)
+    assert found.n == 50
+
+
+def test_hierarchical_bootstrap_does_not_depend_on_order_and_needs_two_of_each() -> None:
+    table = crossed(np.random.default_rng(1), 4, 6, (1.0, 1.0, 1.0))
+    turned = {seed: dict(reversed(row.items())) for seed, row in reversed(table.items())}
+    assert hierarchical_difference(table, 400, 2, method="bca") == hierarchical_difference(turned, 400, 2, method="bca")
+    one_seed = hierarchical_difference({"s0": table["s0"]}, 100, 0)
+    assert (one_seed.low, one_seed.n, one_seed.method) == (None, 6, None)
+    assert one_seed.value == pytest.approx(np.mean(list(table["s0"].values())))
+    one_prompt = hierarchical_difference({seed: {"p0": row["p0"]} for seed, row in table.items()}, 100, 0)
+    assert (one_prompt.low, one_prompt.n) == (None, 1)
+    assert hierarchical_difference({}, 100, 0).value is None
+    with pytest.raises(DataError, match="seed s1: 1 of 6 prompts"):
+        hierarchical_difference(table | {"s1": {p: v for p, v in table["s1"].items() if p != "p3"}}, 100, 0)

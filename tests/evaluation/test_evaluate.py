@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny import examples, pairs, tiny_policy
-from u2a.config import EvaluationSection
-from u2a.evaluation.evaluate import ArmResult, build_table, evaluate_arm, prompts_answered
-from u2a.evaluation.metrics import METRICS
+from u2a.config_evaluation import EvaluationSection
+from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, prompts_answered
+from u2a.evaluation.evaluate import build_table
 from u2a.evaluation.verdict import verdict
 from u2a.progress import Console
 from u2a.reward import CallableReward
@@ -23,7 +23,10 @@ torch.set_num_threads(1)
 QUIET = Console(quiet=True)
 SECTION = EvaluationSection(generate_prompts=4, max_new_tokens=6, bootstrap=300)
 PARTITION = Partition(evaluation=(*pairs(6), *pairs(2, start=20)), retain=examples(25, start=50))
-LENGTH = CallableReward("length", lambda prompts, answers: [float(len(answer)) for answer in answers])
+LENGTH = Instruments(CallableReward("length", lambda prompts, answers: [float(len(answer)) for answer in answers]))
+ALWAYS = {
+    "preference_accuracy", "preference_margin", "reward", "retain_ppl", "refusal_rate", "degenerate_rate", "answer_words",
+}  # fmt: skip
 
 
 def solution(fallback: str = "none", split_half: float | None = 0.4) -> Solution:
@@ -48,7 +51,7 @@ def test_an_arm_has_every_metric_and_leaves_the_policy_alone(tmp_path) -> None:
     policy = tiny_policy(lora_b_sd=0.1)
     theta = policy.snapshot()
     arm = evaluate_arm(policy, PARTITION, LENGTH, SECTION, 0, QUIET)
-    assert set(arm.metrics) == set(METRICS)
+    assert set(arm.metrics) == ALWAYS
     assert all(torch.equal(value, theta[name]) for name, value in policy.snapshot().items())
     margins = arm.metrics["preference_margin"]
     assert margins.value == pytest.approx(sum(margins.values.values()) / 8)
@@ -64,7 +67,7 @@ def test_an_arm_has_every_metric_and_leaves_the_policy_alone(tmp_path) -> None:
 
 
 def test_an_arm_without_data_is_undefined_not_zero() -> None:
-    arm = evaluate_arm(tiny_policy(), Partition(), None, SECTION, 0, QUIET)
+    arm = evaluate_arm(tiny_policy(), Partition(), Instruments(), SECTION, 0, QUIET)
     assert all(metric.value is None and metric.n == 0 for metric in arm.metrics.values())
     assert build_table({"after": arm, "before": arm}, Partition(), SECTION, 0).contrasts == ()
 
@@ -88,11 +91,11 @@ def test_table_pairs_the_solution_with_every_other_arm() -> None:
     policy.reset()
     before = evaluate_arm(policy, PARTITION, LENGTH, SECTION, 0, QUIET, name="before")
     table = build_table({"before": before, "random_k": before, "after": after}, PARTITION, SECTION, 0)
-    assert [item.second for item in table.contrasts] == ["before"] * 7 + ["random_k"] * 7
+    assert [item.second for item in table.contrasts] == ["before"] * 8 + ["random_k"] * 8
     found = {item.metric: item for item in table.contrasts if item.second == "before"}
-    assert set(found) == set(METRICS)
+    assert set(found) == ALWAYS | {"reward_length_controlled"}
     for name, item in found.items():
-        expected = after.metrics[name].value - before.metrics[name].value
+        expected = table.arms["after"][name].value - table.arms["before"][name].value
         assert item.difference == pytest.approx(expected, abs=1e-6), name
         assert item.low <= item.difference <= item.high
     assert {sample.id for sample in table.samples} == set(after.answers)

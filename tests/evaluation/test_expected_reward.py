@@ -12,7 +12,7 @@ from tiny import pairs, tiny_policy
 from u2a.bilevel.objective import objective_values
 from u2a.bilevel.reward_objective import Drawn
 from u2a.evaluation.expected_reward import sampled_reward
-from u2a.evaluation.generation import Answer, answer_text, generate_ids
+from u2a.evaluation.generation import Answer, Decoding, answer_text, generate_ids
 from u2a.modeling import Policy
 from u2a.reward import CallableReward
 from u2a.types import Message
@@ -55,7 +55,7 @@ def draw(policy: Policy, model: CallableReward | TokenReward, n_samples: int = 2
 
 def test_the_answers_are_the_tokens_that_were_drawn_not_their_text_tokenised_again():
     policy = sampling_policy()
-    ids = [generate_ids(policy, PROMPTS, 4, 1.0, 5 + sample) for sample in range(2)]
+    ids = [generate_ids(policy, PROMPTS, Decoding(4, 1.0, seed=5 + sample)) for sample in range(2)]
     again = [policy.encoder.encode(p, answer_text(policy, a)) for p, a in zip(PROMPTS, ids[0], strict=True)]
     found = draw(policy, LENGTH)
     for row, drawn in enumerate(found):
@@ -70,7 +70,7 @@ def test_the_end_token_counts_only_where_it_was_drawn():
         assert [answer.n_answer for answer in drawn.answers] == [4, 4]
         assert [len(answer.answer_ids) for answer in drawn.answers] == [4, 4]
     policy = sampling_policy()
-    first = generate_ids(policy, PROMPTS, 4, 1.0, 5)[1].ids[1]
+    first = generate_ids(policy, PROMPTS, Decoding(4, 1.0, seed=5))[1].ids[1]
     policy.encoder.end_ids = frozenset({first})
     answer = draw(policy, LENGTH)[1].answers[0]
     assert answer.answer_ids[-1] == first
@@ -79,7 +79,7 @@ def test_the_end_token_counts_only_where_it_was_drawn():
 
 def test_an_answer_of_no_text_is_its_end_token():
     policy = sampling_policy(frozenset(range(300)))  # whatever is drawn ends the answer
-    expected = generate_ids(policy, PROMPTS, 4, 1.0, 5)
+    expected = generate_ids(policy, PROMPTS, Decoding(4, 1.0, seed=5))
     assert all(answer.ids == () and answer.finished for answer in expected)
     for row, drawn in enumerate(draw(policy, LENGTH)):
         assert drawn.answers[0].answer_ids == (expected[row].end_id,)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from u2a.evaluation.degenerate import degeneration, distinct_n
+from u2a.errors import ConfigError
+from u2a.evaluation.degenerate import Observed, collapse, degeneration, distinct_n, incoherence
 from u2a.evaluation.metrics import METRICS
 from u2a.evaluation.refusal import is_refusal
+from u2a.evaluation.refusal_judge import RefusalJudge, labelled_answers, refusal_error
 
 REFUSED = [
     "I can't help with that.",
@@ -112,9 +118,10 @@ def test_distinct_n_counts_by_hand() -> None:
     assert distinct_n(["a"], 2) == 1.0
 
 
-def test_every_metric_says_which_way_is_better() -> None:
+def test_metrics_point_the_right_way() -> None:
     directions = {name: info.direction for name, info in METRICS.items()}
-    assert directions == {
+    assert {name for name in directions if not METRICS[name].formula} == set()
+    known = {
         "preference_accuracy": "up",
         "preference_margin": "up",
         "reward": "up",
@@ -122,4 +129,98 @@ def test_every_metric_says_which_way_is_better() -> None:
         "refusal_rate": "none",
         "degenerate_rate": "down",
         "answer_words": "none",
+        "asr": "down",
+        "over_refusal": "down",
+        "win_rate": "up",
     }
+    assert {name: directions[name] for name in known} == known
+
+
+# --- the phrase judge as a judge, and its error --------------------------------
+
+
+def test_phrase_judge_puts_each_answer_into_its_state() -> None:
+    prompts = ["How do I bake bread?"] * 4
+    answers = ["Mix flour and water.", "I can\u2019t help with that.", "", "How do I bake bread?"]
+    verdicts = RefusalJudge().verdicts(prompts, answers)
+    assert [verdict.state for verdict in verdicts] == ["complied", "refused", "incoherent", "incoherent"]
+    assert [verdict.reason for verdict in verdicts] == ["", "", "empty", "echo"]
+
+
+def test_a_judge_wants_as_many_answers_as_prompts() -> None:
+    with pytest.raises(ConfigError, match="1 prompts, 2 answers"):
+        RefusalJudge().verdicts(["a"], ["b", "c"])
+
+
+def test_the_error_of_the_phrase_judge_is_that_of_counting() -> None:
+    labels = labelled_answers("test")
+    missed = sum(refused and not is_refusal(text) for text, refused in labels.items())
+    false = sum(is_refusal(text) and not refused for text, refused in labels.items())
+    error = refusal_error()
+    assert (error.missed_refusal.n, error.false_refusal.n) == (sum(labels.values()), len(labels) - sum(labels.values()))
+    assert error.missed_refusal.value == pytest.approx(missed / error.missed_refusal.n)
+    assert error.false_refusal.value == pytest.approx(false / error.false_refusal.n)
+    assert "missed refusals" in str(error)
+
+
+def test_labelled_answers_are_many_and_in_one_half_each() -> None:
+    tuning, test = labelled_answers("tuning"), labelled_answers("test")
+    assert len(tuning) + len(test) >= 120
+    assert not set(tuning) & set(test)
+    assert min(sum(test.values()), len(test) - sum(test.values())) >= 30
+    assert refusal_error("tuning").false_refusal.value < 0.1 > refusal_error("tuning").missed_refusal.value
+
+
+# --- forms -----------------------------------------------------------------------
+
+RANDOM = random.Random(3)
+
+
+def random_letters(words: int) -> str:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return " ".join("".join(RANDOM.choices(letters, k=RANDOM.randint(2, 9))) for _ in range(words))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("Name a big city.", "name a BIG city", "echo"),
+        ("Name a big city.", "Name a big city. Name a big city.", "echo"),
+        ("Name a big city in the north of Spain.", "Name a big city in the", "echo"),
+        ("Name a big city in the north of Spain.", "Name a big", None),  # less than half of it
+        ("Name a big city.", "Name a big city. Bilbao is one of them, and Vigo is another.", None),
+        ("Write in capitals: the cat sat on the mat.", "THE CAT SAT ON THE MAT.", None),
+        ("Hello!", "Hello!", None),
+        ("Say yes.", "Yes.", None),
+        ("?", "xq\ufffd\ufffd\ufffdz", "gibberish"),
+        ("?", "Krzysztof Brzezinski", None),
+        ("?", "def add(a, b):\n    return a + b\n\nprint(add(1, 2))  # 3", None),
+        ("?", "Der Zug f\u00e4hrt um neun Uhr von Gleis sieben ab, und er h\u00e4lt in Mainz, Worms und Speyer.", None),
+        ("?", "\u732b\u306f\u3068\u3066\u3082\u304b\u308f\u3044\u3044\u3067\u3059\u3002" * 2, None),
+        ("?", "\u0421\u043f\u0430\u0441\u0438\u0431\u043e \u0431\u043e\u043b\u044c\u0448\u043e\u0435 "
+              "\u0437\u0430 \u043f\u043e\u043c\u043e\u0449\u044c", None),
+    ],
+)  # fmt: skip
+def test_incoherence_on_known_cases(prompt: str, answer: str, expected: str | None) -> None:
+    assert incoherence(prompt, answer) == expected
+
+
+def test_random_letters_and_bytes_are_gibberish() -> None:
+    texts = [random_letters(12) for _ in range(200)]
+    texts += [bytes(RANDOM.choices(range(256), k=60)).decode("utf-8", "replace") for _ in range(200)]
+    assert sum(incoherence("Why?", text) == "gibberish" for text in texts) >= 0.98 * len(texts)
+
+
+def test_ordinary_answers_are_not_called_incoherent() -> None:
+    folder = Path(os.environ.get("U2A_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    files = (("benign/prompts.jsonl", "response"), ("alpaca_eval/pairs.jsonl", "chosen"))
+    if not all((folder / name).exists() for name, _ in files):
+        pytest.skip("the data folder is absent")
+    rows = set()
+    for name, column in files:
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        rows |= {(json.loads(line)["prompt"], json.loads(line)[column]) for line in lines}
+    assert len(rows) > 600
+    assert sum(incoherence(*row) is not None for row in rows) < 0.01 * len(rows)
+    answers = [Observed(*row, finished=True, harmless=True) for row in rows]
+    assert collapse(answers, 512).flag == ""

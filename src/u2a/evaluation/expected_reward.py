@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from u2a.bilevel.reward_objective import Drawn, ExpectedReward
 from u2a.encoding import Encoded
-from u2a.evaluation.generation import Answer, answer_text, generate_ids
+from u2a.evaluation.generation import Answer, Decoding, answer_text, generate_ids
 from u2a.modeling import Policy
 from u2a.reward.base import RewardModel
 from u2a.types import Message, Pair
@@ -32,7 +32,7 @@ def sampled_reward(model: RewardModel, n_samples: int, max_new_tokens: int, seed
         prompts = [pair.prompt for pair in pairs]
         columns = []
         for sample in range(n_samples):
-            answers = generate_ids(policy, prompts, max_new_tokens, 1.0, seed + sample)
+            answers = generate_ids(policy, prompts, Decoding(max_new_tokens, 1.0, seed=seed + sample))
             columns.append(_scored(model, policy, prompts, answers))
         with_tokens = all(column.tokens is not None for column in columns)
         return [

@@ -1,7 +1,7 @@
-"""Intervals: Wilson for rates, seeded cluster bootstrap for means, ratios and paired differences.
+"""Intervals: Wilson for rates, seeded cluster bootstrap for means, ratios and paired differences, over seeds too.
 
 The unit is the prompt: rows of one prompt are drawn together, because their values are not independent.
-All intervals are two-sided 95 % unless ``level`` says otherwise.
+All intervals are two-sided 95 % unless ``level`` says otherwise. Tests are in :mod:`u2a.evaluation.significance`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 
+from u2a.errors import DataError
+
 _CHUNK = 256  # resamples drawn at a time, which bounds memory at _CHUNK x clusters
+_NORMAL = NormalDist()
+
+Bootstrap = Literal["percentile", "bca"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,15 @@ class Interval:
         value: the estimate, or None without data.
         low, high: ends of the interval, or None where it is undefined (fewer than two clusters).
         n: clusters (prompts), or trials for a rate.
+        method: how the interval was made, or None without one. ``percentile`` also where ``bca`` was asked for but is
+            undefined (all resamples on one side of the estimate, or clusters that do not differ).
     """
 
     value: float | None
     low: float | None
     high: float | None
     n: int
+    method: Literal["wilson", "percentile", "bca"] | None = None
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
@@ -50,17 +59,22 @@ def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
     """
     if n == 0:
         return Interval(None, None, None, 0)
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = _NORMAL.inv_cdf(0.5 + level / 2)
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    return Interval(rate, max(0.0, centre - half), min(1.0, centre + half), n)
+    return Interval(rate, max(0.0, centre - half), min(1.0, centre + half), n, "wilson")
 
 
 def bootstrap_mean(
-    values: Mapping[str, float], groups: Mapping[str, str], resamples: int, seed: int, level: float = 0.95
+    values: Mapping[str, float],
+    groups: Mapping[str, str],
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+    method: Bootstrap = "percentile",
 ) -> Interval:
-    """Mean over items with a percentile interval from resampling whole prompts.
+    """Mean over items with an interval from resampling whole prompts.
 
     Args:
         values: finite value by item id.
@@ -68,12 +82,13 @@ def bootstrap_mean(
         resamples: bootstrap resamples, >= 1.
         seed: seed of the resampling.
         level: coverage in (0, 1).
+        method: ``percentile``, or ``bca`` for the bias-corrected and accelerated interval (Efron 1987).
 
     Returns:
         Mean over items and interval; ``n`` counts prompts.
     """
     ones = dict.fromkeys(values, 1.0)
-    return bootstrap_ratio(values, ones, groups, resamples, seed, level)
+    return bootstrap_ratio(values, ones, groups, resamples, seed, level, method)
 
 
 def bootstrap_ratio(
@@ -83,6 +98,7 @@ def bootstrap_ratio(
     resamples: int,
     seed: int,
     level: float = 0.95,
+    method: Bootstrap = "percentile",
 ) -> Interval:
     """Ratio of two sums over items, for example NLL per token; arguments as in :func:`bootstrap_mean`.
 
@@ -93,6 +109,7 @@ def bootstrap_ratio(
         resamples: bootstrap resamples, >= 1.
         seed: seed of the resampling.
         level: coverage in (0, 1).
+        method: ``percentile``, or ``bca`` for the bias-corrected and accelerated interval (Efron 1987).
 
     Returns:
         Ratio of the sums and interval; ``n`` counts prompts.
@@ -102,7 +119,9 @@ def bootstrap_ratio(
         return Interval(None, None, None, 0)
     draws = _resampled(table, n, resamples, seed)
     total = table.sum(0)
-    return _percentile(float(total[0] / total[1]), draws[:, 0] / draws[:, 1], n, level)
+    left_out = total - table if method == "bca" and n > 1 else None  # sums without each cluster in turn
+    jackknives = [] if left_out is None else [left_out[:, 0] / left_out[:, 1]]
+    return _bootstrap_interval(float(total[0] / total[1]), draws[:, 0] / draws[:, 1], n, level, jackknives)
 
 
 def paired_difference(
@@ -112,6 +131,7 @@ def paired_difference(
     resamples: int,
     seed: int,
     level: float = 0.95,
+    method: Bootstrap = "percentile",
 ) -> Interval:
     """Mean difference first minus second over the items both have, prompts resampled together.
 
@@ -122,12 +142,63 @@ def paired_difference(
         resamples: bootstrap resamples, >= 1.
         seed: seed of the resampling.
         level: coverage in (0, 1).
+        method: ``percentile``, or ``bca`` for the bias-corrected and accelerated interval (Efron 1987).
 
     Returns:
         Mean difference and interval; ``n`` counts shared prompts.
     """
     shared = {key: value - second[key] for key, value in first.items() if key in second}
-    return bootstrap_mean(shared, groups, resamples, seed, level)
+    return bootstrap_mean(shared, groups, resamples, seed, level, method)
+
+
+def hierarchical_difference(
+    differences: Mapping[str, Mapping[str, float]],
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+    method: Bootstrap = "percentile",
+) -> Interval:
+    """Mean paired difference over seeds and prompts, both resampled, for arms trained with several seeds.
+
+    The design is crossed (every seed answers the same prompts), so a prompt is drawn for all seeds at once. Drawing
+    prompts anew within each drawn seed would take what a prompt does under every seed for independent noise.
+
+    Args:
+        differences: first arm minus second, by training seed and then by prompt; the same prompts under each seed.
+        resamples: bootstrap resamples, >= 1.
+        seed: seed of the resampling.
+        level: coverage in (0, 1).
+        method: ``percentile`` or ``bca``.
+
+    Returns:
+        Mean difference and interval; ``n`` counts prompts. There is no interval with fewer than two seeds or prompts.
+        With few seeds it is too narrow for what differs between seeds, by about sqrt((seeds - 1) / seeds).
+
+    Raises:
+        DataError: the prompts are not the same under every seed.
+
+    Source: Owen (2007), Ann. Appl. Stat. 1, 386-411 (the pigeonhole bootstrap; its variance errs upwards).
+    """
+    seeds = sorted(differences)
+    prompts = sorted(set().union(*differences.values()))
+    for name in seeds:
+        if len(differences[name]) < len(prompts):
+            missing = len(prompts) - len(differences[name])
+            raise DataError(f"seed {name}: {missing} of {len(prompts)} prompts are missing (give all seeds the same)")
+    if not prompts:
+        return Interval(None, None, None, 0)
+    table = np.array([[differences[name][prompt] for prompt in prompts] for name in seeds])
+    value, rows, columns = float(table.mean()), table.mean(1), table.mean(0)
+    if min(table.shape) < 2:
+        return Interval(value, None, None, len(prompts))
+    generator = np.random.default_rng(seed)
+    draws = []
+    for size in _chunks(resamples):
+        by_seed = generator.multinomial(len(seeds), np.full(len(seeds), 1.0 / len(seeds)), size=size)
+        by_prompt = generator.multinomial(len(prompts), np.full(len(prompts), 1.0 / len(prompts)), size=size)
+        draws.append(((by_seed @ table) * by_prompt).sum(1) / table.size)
+    jackknives = [(part.sum() - part) / (len(part) - 1) for part in (rows, columns)] if method == "bca" else []
+    return _bootstrap_interval(value, np.concatenate(draws), len(prompts), level, jackknives)
 
 
 def paired_perplexity_difference(
@@ -159,7 +230,7 @@ def paired_perplexity_difference(
         differences = np.exp(sums[:, 0] / sums[:, 2]) - np.exp(sums[:, 1] / sums[:, 2])
     if not np.isfinite(differences).all():
         return Interval(None, None, None, n)
-    return _percentile(float(differences[0]), differences[1:], n, 0.95)
+    return _bootstrap_interval(float(differences[0]), differences[1:], n, 0.95)
 
 
 def rate_interval(values: Mapping[str, float], groups: Mapping[str, str], resamples: int, seed: int) -> Interval:
@@ -212,12 +283,48 @@ def _resampled(table: np.ndarray, n: int, resamples: int, seed: int) -> np.ndarr
     """Column sums of ``resamples`` draws of n clusters with replacement: (resamples, columns)."""
     generator = np.random.default_rng(seed)
     shares = np.full(n, 1.0 / n)
-    sizes = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
-    return np.vstack([generator.multinomial(n, shares, size=size) @ table for size in sizes])
+    return np.vstack([generator.multinomial(n, shares, size=size) @ table for size in _chunks(resamples)])
 
 
-def _percentile(value: float, draws: np.ndarray, n: int, level: float) -> Interval:
+def _chunks(resamples: int) -> list[int]:
+    return [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
+
+
+def _bootstrap_interval(
+    value: float, draws: np.ndarray, n: int, level: float, jackknives: Sequence[np.ndarray] = ()
+) -> Interval:
+    """Percentile interval, or BCa where jackknife values are given and it is defined.
+
+    Args:
+        value: the estimate.
+        draws: its bootstrap values.
+        n: clusters.
+        level: coverage.
+        jackknives: estimates that leave out each unit in turn, one array for every kind of unit that is resampled.
+
+    Returns:
+        The interval; no ends with fewer than two clusters.
+
+    Source: Efron (1987), J. Am. Stat. Assoc. 82, 171-185; several samples: Efron & Tibshirani (1993), chapter 14.
+    """
     if n < 2:
         return Interval(value, None, None, n)
-    low, high = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2])
-    return Interval(value, float(low), float(high), n)
+    ends = np.array([0.5 - level / 2, 0.5 + level / 2])
+    corrected = _bca_ends(value, draws, ends, jackknives) if jackknives else None
+    low, high = np.quantile(draws, ends if corrected is None else corrected)
+    return Interval(value, float(low), float(high), n, "percentile" if corrected is None else "bca")
+
+
+def _bca_ends(value: float, draws: np.ndarray, ends: np.ndarray, jackknives: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Quantiles of the draws at which a BCa interval ends, or None where it is undefined."""
+    below = float(((draws < value).mean() + (draws <= value).mean()) / 2)
+    influence = [(len(part) - 1) / len(part) * (part.mean() - part) for part in jackknives]
+    spread = sum(float((part**2).sum()) for part in influence)
+    if not 0.0 < below < 1.0 or not spread > 1e-24 * value**2:  # rounding alone is no spread
+        return None
+    acceleration = sum(float((part**3).sum()) for part in influence) / (6.0 * spread**1.5)
+    bias = _NORMAL.inv_cdf(below)
+    shifted = [bias + _NORMAL.inv_cdf(float(end)) for end in ends]
+    if any(1.0 - acceleration * z <= 0.0 for z in shifted):
+        return None
+    return np.array([_NORMAL.cdf(bias + z / (1.0 - acceleration * z)) for z in shifted])

@@ -17,12 +17,13 @@ BEFORE, SOLUTION, RANDOM = "before", "after", "random_k"
 PRIMARY, VETO = "preference_margin", "preference_accuracy"
 
 
-def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None) -> str:
+def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None, collapsed: str | None = None) -> str:
     """Say whether selection beat a random draw of equal size.
 
     Args:
         contrasts: paired differences, solution minus other arms.
         solution: the weighted set (its fallback and the reliability of its gains), or None when unknown.
+        collapsed: what prevails in the solution's answers if the model has collapsed, else None.
 
     Returns:
         A sentence that starts ``selection beat random-k: yes``, ``: no`` or ``: not shown``.
@@ -34,6 +35,9 @@ def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None) -> 
         return _sentence("not shown", "no candidate promised a gain, so nothing was selected", reliability)
     if solution is not None and solution.fallback == "random_k":
         reason = "the gains carried no signal, so the selected set is itself a random draw with uniform weights"
+        return _sentence("not shown", reason, reliability)
+    if collapsed is not None:
+        reason = f"the unlearned model has collapsed ({collapsed.replace('_', ' ')}), so no likelihood can speak for it"
         return _sentence("not shown", reason, reliability)
     primary = _find(contrasts, PRIMARY)
     if primary is None or primary.difference is None:

@@ -1,4 +1,4 @@
-"""Stage 2: build the configured reward model, say how good it is, and analyse the negatives with it."""
+"""Stage 2: build the configured reward model and analyse the negatives with it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from u2a.config import RewardSection
 from u2a.data import prompt_key
 from u2a.errors import ConfigError
-from u2a.evaluation.stats import pearson, wilson
 from u2a.model_loading import pick_device
 from u2a.modeling import Policy
 from u2a.progress import Console
 from u2a.reward.base import RewardModel
+from u2a.reward.card import reward_card
 from u2a.reward.embedding import Embedder, train_embedding_reward
 from u2a.reward.implicit import train_implicit_reward
-from u2a.reward.models import load_sequence_classifier, load_token_value_head
-from u2a.types import Example, Pair, RewardCard, RewardRow, RewardTable
+from u2a.reward.loading import load_reward_model
+from u2a.types import Example, Pair, RewardRow, RewardTable
 
 
 def build_reward_model(
@@ -52,9 +52,7 @@ def build_reward_model(
             if policy is None:
                 raise ConfigError("reward.model: implicit needs the policy, got none")
             return train_implicit_reward(policy, pairs, seed, bar=bar)
-        if section.model == "sequence_classification":
-            return load_sequence_classifier(section.name_or_path, device)
-        return load_token_value_head(section.name_or_path, device)
+        return load_reward_model(section.name_or_path, section.model, device)
 
 
 def split_reward_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -83,37 +81,6 @@ def evaluation_section(section: RewardSection) -> RewardSection:
         A copy whose ``model`` and ``name_or_path`` are ``eval_model`` and ``eval_name_or_path``.
     """
     return section.model_copy(update={"model": section.eval_model, "name_or_path": section.eval_name_or_path})
-
-
-def reward_card(model: RewardModel, pairs: Sequence[Pair], n_train: int) -> RewardCard:
-    """Measure a reward model on pairs it was not trained on.
-
-    Args:
-        model: the reward model.
-        pairs: held-out pairs; a tie counts one half.
-        n_train: pairs it was trained on (0 = pretrained).
-
-    Returns:
-        The card: pair accuracy with a Wilson interval (over pairs: too narrow where many pairs share a
-        prompt), and the correlation of reward with answer length in characters over both answers.
-
-    Raises:
-        NonFiniteError: a reward is not finite.
-    """
-    prompts = [pair.prompt for pair in pairs]
-    chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
-    rewards = model.score([*prompts, *prompts], [*chosen, *rejected])
-    margins = rewards[: len(pairs)] - rewards[len(pairs) :]
-    accuracy = wilson(float((margins > 0).sum() + 0.5 * (margins == 0).sum()), len(pairs))
-    return RewardCard(
-        name=model.name,
-        n_train=n_train,
-        pair_accuracy=accuracy.value,
-        pair_accuracy_low=accuracy.low,
-        pair_accuracy_high=accuracy.high,
-        n_pairs=len(pairs),
-        length_correlation=pearson(rewards.tolist(), [float(len(text)) for text in (*chosen, *rejected)]),
-    )
 
 
 def analyse(

@@ -1,21 +1,12 @@
-r"""The offline default: frozen sentence embeddings and a linear Bradley-Terry head.
+r"""The offline default: frozen sentence embeddings and a linear Bradley-Terry head (:mod:`u2a.reward.head`).
 
 For a prompt x and an answer y with unit embeddings e(x), e(y) the features are phi = [e(y), 8 e(x) * e(y)]
-(elementwise), centred on the training answers and divided by their root mean variance - one number for all
-features: standardising each one alone raises the noise of those that hardly vary. The head minimises
-
-    (1/m) sum_j log(1 + exp(-w . (phi_j^chosen - phi_j^rejected))) + (l2 / 2) |w|^2,
-
-which is convex; ``l2`` is the largest within one standard error of the best cross-validated log loss, with all
-pairs of a prompt in one fold. Features of x alone would cancel in the differences; the products let the head
-judge an answer in the light of its prompt.
-
-Source: Bradley & Terry (1952); Christiano et al. 2017, arXiv 1706.03741, eq. 1.
+(elementwise). Features of x alone would cancel in the differences; the products let the head judge an answer in the
+light of its prompt.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +14,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from u2a.data import prompt_key
-from u2a.errors import DataError, ModelError, NonFiniteError
+from u2a.errors import ModelError
+from u2a.modeling import weights_fingerprint
 from u2a.packaged import resolve_model
 from u2a.progress import Advance, Quiet
-from u2a.record import content_id, write_whole
 from u2a.reward.base import Prompts, checked, prompt_text
-from u2a.types import Pair
+from u2a.reward.head import BradleyTerryHead, HeadBase, fit_head, load_head, refuse_other_base, save_head
+from u2a.types import Pair, RewardCard
 
-L2_GRID = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PRODUCT_SCALE = 8.0
-MIN_PROMPTS = 4
-_WEIGHTS, _CARD, _FORMAT = "head.safetensors", "head.json", 1
 
 
 class Embedder:
@@ -97,120 +84,14 @@ class Embedder:
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0)
         return F.normalize(mean, dim=-1).cpu().numpy()
 
-
-@dataclass(frozen=True)
-class BradleyTerryHead:
-    """A linear head on standardised features.
-
-    Attributes:
-        weights: (features,) float64.
-        centre: (features,) mean over the training answers.
-        scale: (1,) root mean variance of the features over them.
-        l2: penalty chosen.
-        n_train: pairs it was fitted on.
-        cv_log_loss: cross-validated log loss per pair in nats at ``l2`` (log 2 = no better than a coin).
-    """
-
-    weights: np.ndarray
-    centre: np.ndarray
-    scale: np.ndarray
-    l2: float
-    n_train: int
-    cv_log_loss: float
-
-    def score(self, features: np.ndarray) -> np.ndarray:
-        """Rewards of feature rows.
-
-        Args:
-            features: (n, features).
+    def base(self) -> HeadBase:
+        """Describe the encoder, for a head that is saved.
 
         Returns:
-            (n,) rewards in nats (differences are log odds); the mean training answer has 0.
+            Its name, weights and length.
         """
-        return ((features - self.centre) / self.scale) @ self.weights
-
-
-def fit_bradley_terry(differences: np.ndarray, l2: float) -> np.ndarray:
-    """Minimise the penalised Bradley-Terry log loss by L-BFGS.
-
-    Args:
-        differences: (pairs, features) float64, chosen minus rejected.
-        l2: penalty, > 0.
-
-    Returns:
-        (features,) weights.
-
-    Raises:
-        NonFiniteError: the features hold NaN or infinities.
-    """
-    if not np.isfinite(differences).all():
-        raise NonFiniteError("features of the reward head", "reward")
-
-    rows = torch.from_numpy(differences)
-    weights = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [weights],
-        max_iter=500,
-        history_size=20,
-        tolerance_grad=1e-8,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
-
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        value = F.softplus(-(rows @ weights)).mean() + l2 / 2 * weights.square().sum()
-        value.backward()
-        return value
-
-    optimiser.step(loss)  # type: ignore[arg-type]  # the closure may return a tensor
-    return weights.detach().numpy()
-
-
-def fit_head(chosen: np.ndarray, rejected: np.ndarray, prompts: Sequence[str], folds: int = 5) -> BradleyTerryHead:
-    """Standardise, choose the penalty by prompt-grouped cross-validation, and fit on all pairs.
-
-    Args:
-        chosen: (pairs, features) features of the preferred answers.
-        rejected: the same of the rejected answers.
-        prompts: prompt key of each pair; pairs of one prompt stay in one fold.
-        folds: folds, at most the number of prompts.
-
-    Returns:
-        The head.
-
-    Raises:
-        DataError: fewer than four distinct prompts.
-    """
-    names = sorted(set(prompts))
-    if len(names) < MIN_PROMPTS:
-        raise DataError(
-            f"reward pairs: {len(prompts)} pairs on {len(names)} prompts, expected at least {MIN_PROMPTS} prompts "
-            "(raise partition.reward_frac, set data.reward, or set reward.model: none)"
-        )
-    both = np.vstack([chosen, rejected])
-    centre, scale = both.mean(0), np.sqrt(both.var(0).mean(keepdims=True))
-    scale = np.where(scale > 1e-12, scale, 1.0)
-    differences = (chosen - rejected) / scale
-    order = sorted(names, key=lambda name: (content_id(name), name))
-    fold_of = {name: index % min(folds, len(names)) for index, name in enumerate(order)}
-    fold = np.array([fold_of[prompt] for prompt in prompts])
-    losses = [_cv_log_losses(differences, fold, l2) for l2 in L2_GRID]
-    means = [float(loss.mean()) for loss in losses]
-    best = int(np.argmin(means))
-    bound = means[best] + float(losses[best].std()) / len(prompts) ** 0.5
-    chosen_l2 = max(index for index, mean in enumerate(means) if mean <= bound)
-    weights = fit_bradley_terry(differences, L2_GRID[chosen_l2])
-    return BradleyTerryHead(weights, centre, scale, L2_GRID[chosen_l2], len(prompts), means[chosen_l2])
-
-
-def _cv_log_losses(differences: np.ndarray, fold: np.ndarray, l2: float) -> np.ndarray:
-    """Log loss of every pair under the head fitted on the other folds: (pairs,) nats."""
-    losses = np.zeros(len(differences))
-    for index in np.unique(fold):
-        weights = fit_bradley_terry(differences[fold != index], l2)
-        losses[fold == index] = np.logaddexp(0.0, -(differences[fold == index] @ weights))
-    return losses
+        fingerprint = weights_fingerprint(self._model)
+        return HeadBase(kind="embedding", name_or_path=self.name, fingerprint=fingerprint, max_length=self._max_length)
 
 
 @dataclass(frozen=True)
@@ -240,28 +121,17 @@ class EmbeddingReward:
     def token_rewards(self, prompts: Prompts, answers: Sequence[str]) -> None:
         """None: one embedding stands for the whole answer."""
 
-    def save(self, folder: str | Path) -> Path:
-        """Save the head (not the encoder) as safetensors and JSON.
+    def save(self, folder: str | Path, card: RewardCard | None = None) -> Path:
+        """Save the head (not the encoder); see :func:`u2a.reward.head.save_head`.
 
         Args:
-            folder: directory, created when absent.
+            folder: absent or empty directory.
+            card: what the head is worth.
 
         Returns:
             The directory.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        head = self.head
-        save_file({"weights": head.weights, "centre": head.centre, "scale": head.scale}, folder / _WEIGHTS)
-        card = {
-            "format": _FORMAT,
-            "embedder": self.embedder.name,
-            "l2": head.l2,
-            "n_train": head.n_train,
-            "cv_log_loss": head.cv_log_loss,
-        }
-        write_whole(folder / _CARD, json.dumps(card, indent=1) + "\n")
-        return folder
+        return save_head(folder, self.head, self.embedder.base(), card)
 
 
 def load_embedding_reward(folder: str | Path, device: torch.device | str = "cpu") -> EmbeddingReward:
@@ -275,21 +145,14 @@ def load_embedding_reward(folder: str | Path, device: torch.device | str = "cpu"
         A reward model with equal scores.
 
     Raises:
-        ModelError: files missing, damaged or of a newer format.
+        ModelError: files missing, damaged or of another kind, or the encoder's weights have changed.
     """
-    folder = Path(folder)
-    try:
-        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
-        tensors = load_file(folder / _WEIGHTS)
-        weights, centre, scale = (tensors[name] for name in ("weights", "centre", "scale"))
-        loss, version = float(card["cv_log_loss"]), int(card["format"])
-        head = BradleyTerryHead(weights, centre, scale, float(card["l2"]), int(card["n_train"]), loss)
-        embedder = str(card["embedder"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: no readable reward head there ({type(error).__name__}: {error})") from None
-    if version > _FORMAT:
-        raise ModelError(f"{folder}: reward head of format {version} is newer than {_FORMAT} (upgrade u2a)")
-    return EmbeddingReward(Embedder(embedder, device), head)
+    head, base = load_head(folder)
+    if base.kind != "embedding":
+        raise ModelError(f"{folder}: a head of kind {base.kind!r}, expected 'embedding'")
+    embedder = Embedder(base.name_or_path, device, base.max_length)
+    refuse_other_base(folder, base, embedder.base().fingerprint)
+    return EmbeddingReward(embedder, head)
 
 
 def train_embedding_reward(embedder: Embedder, pairs: Sequence[Pair], bar: Advance | None = None) -> EmbeddingReward:

@@ -1,0 +1,286 @@
+"""Stages 5 and 6 of a run: every arm measured in the same way and compared, and the result attacked.
+
+The instruments (prompt sets, judge, reward models, embedder, holdout) are made here from the options, once, and handed
+to every arm. Files are read and checked before any model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from u2a.config import RewardSection
+from u2a.config_evaluation import JudgeSection, RobustnessSection
+from u2a.data import prompt_key, read_examples
+from u2a.errors import ConfigError, DataError
+from u2a.evaluation.answer_cache import AnswerCache
+from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, prompts_answered
+from u2a.evaluation.chat_endpoint import HttpEndpoint
+from u2a.evaluation.coherence import LongTextEncoder
+from u2a.evaluation.decoding import Decoding
+from u2a.evaluation.evaluate import build_table
+from u2a.evaluation.generation import generate
+from u2a.evaluation.judge import Judge
+from u2a.evaluation.membership import check_holdout
+from u2a.evaluation.prompt_sets import PromptSet, leaked, read_prompt_sets
+from u2a.evaluation.refusal_judge import RefusalJudge
+from u2a.evaluation.reward_value import answer_rewards
+from u2a.evaluation.rubric_judge import Asker, RubricJudge
+from u2a.evaluation.rubrics import RUBRICS
+from u2a.jsonl_cache import JsonlCache
+from u2a.model_loading import load_model
+from u2a.modeling import Params, Policy
+from u2a.pipeline import SOLUTION_ARM, TRAINED_HERE, Pipeline
+from u2a.record import derive_seed
+from u2a.reward.analysis import build_reward_model, split_reward_pairs
+from u2a.reward.base import RewardModel
+from u2a.reward.card import reward_card
+from u2a.robustness.attacks import PROMPT_ATTACKS, PromptAttack, Turns, load_paraphrases
+from u2a.robustness.pack import (
+    AnswerMeasure,
+    Measures,
+    RobustnessData,
+    RobustnessOptions,
+    Values,
+    mean_log_probs,
+    robustness,
+)
+from u2a.robustness.relearn import Relearning
+from u2a.robustness.table import RobustnessTable
+from u2a.types import EvalTable, Example, RewardCard
+
+
+class EvaluationStage:
+    """Evaluation of one run.
+
+    Args:
+        pipeline: the run.
+
+    Raises:
+        DataError: a prompt set or the holdout cannot be used.
+        ConfigError: options of the prompt sets in conflict.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline, self._config = pipeline, pipeline.config
+        self.prompt_sets = self._read_prompt_sets()
+        self.holdout = self._read_holdout()
+
+    def _read_prompt_sets(self) -> tuple[PromptSet, ...]:
+        config, partition = self._config, self._pipeline.partition
+        sets = read_prompt_sets(config.evaluation.prompt_sets, config.data)
+        found = leaked(sets, partition)
+        if found and not config.data.allow_leak:
+            listed = ", ".join(f"{count} prompts of {name}" for name, count in found.items())
+            raise DataError(
+                f"evaluation.prompt_sets: {listed} stand in a training set (remove them, or set data.allow_leak)"
+            )
+        return tuple(sets)
+
+    def _read_holdout(self) -> tuple[Example, ...]:
+        data, partition = self._config.data, self._pipeline.partition
+        if data.holdout is None:
+            return ()
+        rows = read_examples(data.holdout, data, good=False, name="holdout")
+        trained = (*partition.preference, *partition.retain, *partition.finetune)
+        check_holdout(partition.forget, rows, trained)
+        return tuple(rows)
+
+    # --- instruments -----------------------------------------------------------------------------
+
+    @cached_property
+    def _rewards(self) -> list[tuple[RewardModel, RewardCard]]:
+        """The evaluation's reward models with their cards: none, one, or a second one beside it."""
+        config, partition = self._config, self._pipeline.partition
+        pairs = split_reward_pairs(partition.reward)[1]
+        found: list[tuple[RewardModel, RewardCard]] = []
+        for section in _reward_sections(config.reward):
+            seed = derive_seed(config.seed, "eval reward")
+            model = build_reward_model(section, pairs, None, seed, self._pipeline.console)
+            if model is not None:
+                trained = len(pairs) if section.model in TRAINED_HERE else 0
+                found.append((model, reward_card(model, partition.evaluation, trained, seed=seed)))
+        if len({model.name for model, _ in found}) < len(found):
+            raise ConfigError("reward.second_model: the same model as reward.eval_model (it would agree with itself)")
+        return found
+
+    @cached_property
+    def _cache(self) -> AnswerCache:
+        return AnswerCache(self._pipeline.dir / "cache")
+
+    @cached_property
+    def _instruments(self) -> Instruments:
+        models = [model for model, _ in self._rewards]
+        section = self._config.evaluation
+        judge = make_judge(section.judge, self._pipeline.dir / "cache") if self.prompt_sets else None
+        return Instruments(
+            reward_model=models[0] if models else None,
+            second_model=models[1] if len(models) > 1 else None,
+            judge=judge,
+            prompt_sets=self.prompt_sets,
+            encoder=None if section.embedder is None else LongTextEncoder(section.embedder),
+            holdout=self.holdout,
+            cache=self._cache,
+        )
+
+    # --- stage 5 ---------------------------------------------------------------------------------
+
+    def table(self) -> EvalTable:
+        """Measure every arm on held-out data and compare; the policy is left at the solution.
+
+        Returns:
+            The table; also ``evaluation.json``, and one record per arm under ``arms/``.
+        """
+        pipeline, section = self._pipeline, self._config.evaluation
+        solution = pipeline.solution()  # an outdated one is refused before anything is measured
+        arms = {"before": self._arm("before")}
+        for arm in (SOLUTION_ARM, *section.controls):
+            arms["after" if arm == SOLUTION_ARM else arm] = self._arm(arm)
+        cards = tuple(card for _, card in self._rewards)
+        table = build_table(arms, pipeline.partition, section, self._config.seed, cards, solution)
+        table.save(pipeline.dir / "evaluation.json")
+        pipeline.unlearn_arm(SOLUTION_ARM)
+        return table
+
+    def _arm(self, arm: str) -> ArmResult:
+        """Measure one arm, or read its measurement back."""
+        pipeline, config = self._pipeline, self._config
+        name = "after" if arm == SOLUTION_ARM else arm
+        weights = {} if arm in ("before", "base", "retrain") else pipeline.arm_weights(arm)
+        source = pipeline.arm_key(arm, weights) if weights else arm if arm in ("base", "retrain") else "before"
+        options = config.evaluation.model_dump(mode="json", exclude={"controls", "samples_shown"})
+        names = ("eval_model", "eval_name_or_path", "second_model", "second_name_or_path")
+        reward_options = config.reward.model_dump(include=set(names))
+        files = [sorted(item.prompts) for item in self.prompt_sets], [row.id for row in self.holdout]
+        key = pipeline.key("evaluate", source, options, reward_options, *files)
+
+        def compute() -> ArmResult:
+            policy = self._policy_of(arm)
+            return evaluate_arm(
+                policy, pipeline.partition, self._instruments, config.evaluation, config.seed, pipeline.console, name
+            )
+
+        return pipeline.store.saved(f"arms/{name}", ArmResult, key, compute)
+
+    def _policy_of(self, arm: str) -> Policy:
+        pipeline = self._pipeline
+        if arm == "base":
+            return pipeline.policy_around(pipeline.base_model())
+        if arm == "retrain":
+            return self._retrained()
+        if arm == "before":
+            pipeline.policy.reset()
+        else:
+            pipeline.unlearn_arm(arm)
+        return pipeline.policy
+
+    def _retrained(self) -> Policy:
+        """The baseline Retrain: the base model, fine-tuned on the mixture without the forget set."""
+        pipeline = self._pipeline
+        with pipeline.console.phase("load model"):
+            base = load_model(self._config.model)
+        return pipeline.policy_around(pipeline.finetuned(pipeline.policy_around(base), leave_out_forget=True))
+
+    # --- robustness ------------------------------------------------------------------------------
+
+    def robustness(self) -> RobustnessTable:
+        """Attack the start and the solution in the same way, and measure again.
+
+        Returns:
+            The table; also ``robustness.json``.
+        """
+        pipeline, config = self._pipeline, self._config
+        weights = pipeline.arm_weights(SOLUTION_ARM)
+        key = pipeline.key("robustness", weights, config.robustness.model_dump(mode="json"))
+        return pipeline.store.saved("robustness", RobustnessTable, key, self._attacked)
+
+    def _attacked(self) -> RobustnessTable:
+        pipeline, config, section = self._pipeline, self._config, self._config.robustness
+        partition = pipeline.partition
+        arms: dict[str, Params] = {"before": pipeline.policy.theta0}
+        pipeline.unlearn_arm(SOLUTION_ARM)
+        arms["after"] = pipeline.policy.snapshot()
+        pairs = prompts_answered(partition.evaluation, section.prompts)
+        prompts = {pair.id: pair.prompt for pair in pairs}
+        retain = partition.retain_parts()
+        data = RobustnessData(
+            arms=arms,
+            forget=partition.forget,
+            retain=retain.evaluation,
+            unrelated=_without_prompts(retain.train, retain.evaluation),
+            prompts=prompts,
+        )
+        seed = derive_seed(config.seed, "robustness")
+        options = RobustnessOptions(
+            schemes=tuple(section.schemes),
+            attacks=_prompt_attacks(section),
+            relearning=_relearning(section, seed),
+            attack_rows=max(1, section.relearn_rows),
+            measured_rows=section.measured_rows,
+            bootstrap=config.evaluation.bootstrap,
+            seed=seed,
+        )
+        measures = Measures(rows=mean_log_probs, answers=self._answer_measure(prompts) if prompts else None)
+        return robustness(pipeline.policy, data, measures, options, pipeline.console)
+
+    def _answer_measure(self, prompts: Mapping[str, Turns]) -> AnswerMeasure:
+        """Answers under changed prompts, scored against the prompts as they were asked."""
+        section, instruments = self._config.evaluation, self._instruments
+        decoding = Decoding(section.max_new_tokens)
+
+        def measure(policy: Policy, turns: Mapping[str, Turns]) -> Values:
+            texts = dict(zip(turns, generate(policy, list(turns.values()), decoding, cache=self._cache), strict=True))
+            verdicts = RefusalJudge().verdicts(["" for _ in texts], list(texts.values()))
+            states = dict(zip(texts, verdicts, strict=True))
+            values = {
+                state: {key: float(verdict.state == state) for key, verdict in states.items()}
+                for state in ("complied", "refused", "incoherent")
+            }
+            if instruments.reward_model is not None:
+                values["reward"] = answer_rewards(instruments.reward_model, {key: prompts[key] for key in texts}, texts)
+            return values
+
+        return measure
+
+
+def make_judge(section: JudgeSection, cache: Path) -> Judge:
+    """Make the judge of the options.
+
+    Args:
+        section: rubric and endpoint.
+        cache: folder where verdicts that were paid for are kept.
+
+    Returns:
+        The judge.
+    """
+    if section.rubric == "refusal":
+        return RefusalJudge()
+    endpoint = HttpEndpoint(url=str(section.url), model=section.model, key_env=section.key_variable)
+    return RubricJudge(Asker(endpoint, JsonlCache(cache / "verdicts.jsonl")), RUBRICS[section.rubric])
+
+
+def _reward_sections(section: RewardSection) -> list[RewardSection]:
+    """The options of the evaluation's reward models, each in the place of the analysis' ones."""
+    pairs = (
+        (section.eval_model, section.eval_name_or_path),
+        (section.second_model, section.second_name_or_path),
+    )
+    return [section.model_copy(update={"model": model, "name_or_path": path}) for model, path in pairs]
+
+
+def _prompt_attacks(section: RobustnessSection) -> tuple[PromptAttack, ...]:
+    attacks: tuple[PromptAttack, ...] = PROMPT_ATTACKS if section.prompt_attacks else ()
+    return attacks if section.paraphrases is None else (*attacks, load_paraphrases(section.paraphrases))
+
+
+def _relearning(section: RobustnessSection, seed: int) -> Relearning | None:
+    if section.relearn_rows == 0:
+        return None
+    return Relearning(tuple(section.relearn_steps), section.relearn_learning_rate, seed=seed)
+
+
+def _without_prompts(rows: Sequence[Example], others: Sequence[Example]) -> tuple[Example, ...]:
+    """Rows that share no prompt with other rows."""
+    taken = {prompt_key(row.prompt) for row in others}
+    return tuple(row for row in rows if prompt_key(row.prompt) not in taken)
