@@ -37,7 +37,6 @@ from u2a.reward import (
     TokenValueHead,
     analyse,
     build_reward_model,
-    evaluation_section,
     load_embedding_reward,
     load_reward_model,
     reward_card,
@@ -478,9 +477,9 @@ def test_prefilter_keeps_the_stated_share_of_the_lowest_whatever_the_order(frac:
 
 
 def test_build_follows_the_options(encoder_folder: str) -> None:
-    section = RewardSection(model="none", eval_model="embedding", eval_name_or_path=encoder_folder)
-    assert build_reward_model(section, pairs(8), None, 0, QUIET) is None
-    evaluator = build_reward_model(evaluation_section(section), pairs(8), None, 0, QUIET)
+    assert build_reward_model(RewardSection(model="none"), pairs(8), None, 0, QUIET) is None
+    evaluating = RewardSection(model="embedding", name_or_path=encoder_folder)
+    evaluator = build_reward_model(evaluating, pairs(8), None, 0, QUIET)
     assert evaluator is not None
     assert evaluator.name.endswith("8 pairs)")
     with pytest.raises(ConfigError, match="needs the policy"):

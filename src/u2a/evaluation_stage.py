@@ -12,8 +12,8 @@ from pathlib import Path
 
 from u2a.config import RewardSection
 from u2a.config_evaluation import JudgeSection, RobustnessSection
-from u2a.data import prompt_key, read_examples
-from u2a.errors import ConfigError, DataError
+from u2a.data import example_id, prompt_key, read_examples
+from u2a.errors import ConfigError
 from u2a.evaluation.answer_cache import AnswerCache
 from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, prompts_answered
 from u2a.evaluation.chat_endpoint import HttpEndpoint
@@ -23,7 +23,7 @@ from u2a.evaluation.evaluate import build_table
 from u2a.evaluation.generation import generate
 from u2a.evaluation.judge import Judge
 from u2a.evaluation.membership import check_holdout
-from u2a.evaluation.prompt_sets import PromptSet, leaked, read_prompt_sets
+from u2a.evaluation.prompt_sets import PromptSet, read_prompt_sets, trained_prompts
 from u2a.evaluation.refusal_judge import RefusalJudge
 from u2a.evaluation.reward_value import answer_rewards
 from u2a.evaluation.rubric_judge import Asker, RubricJudge
@@ -68,24 +68,29 @@ class EvaluationStage:
         self.holdout = self._read_holdout()
 
     def _read_prompt_sets(self) -> tuple[PromptSet, ...]:
-        config, partition = self._config, self._pipeline.partition
-        sets = read_prompt_sets(config.evaluation.prompt_sets, config.data)
-        found = leaked(sets, partition)
-        if found and not config.data.allow_leak:
-            listed = ", ".join(f"{count} prompts of {name}" for name, count in found.items())
-            raise DataError(
-                f"evaluation.prompt_sets: {listed} stand in a training set (remove them, or set data.allow_leak)"
-            )
+        config, console = self._config, self._pipeline.console
+        sets = read_prompt_sets(config.evaluation.prompt_sets, config.data, trained_prompts(self._pipeline.partition))
+        for item in sets:
+            left_out = f", {item.n_left_out} left out that the run trains on" if item.n_left_out else ""
+            console.say(f"  {item.name:<10} {len(item.prompts):>7} prompts, wanted: {item.wanted}{left_out}")
         return tuple(sets)
 
     def _read_holdout(self) -> tuple[Example, ...]:
+        """Texts never trained on: the user's, or the held-out rejected answers where the candidates come from pairs."""
         data, partition = self._config.data, self._pipeline.partition
-        if data.holdout is None:
+        if data.holdout is not None:
+            rows = read_examples(data.holdout, data, good=False, name="holdout")
+        elif data.forget is None and data.evaluation is None:
+            rows = [
+                Example(id=example_id(pair.prompt, pair.rejected), prompt=pair.prompt, completion=pair.rejected)
+                for pair in partition.evaluation
+            ]
+        else:
             return ()
-        rows = read_examples(data.holdout, data, good=False, name="holdout")
-        trained = (*partition.preference, *partition.retain, *partition.finetune)
-        check_holdout(partition.forget, rows, trained)
-        return tuple(rows)
+        if self._config.evaluation.forget_rows == 0 or not rows:
+            return ()
+        check_holdout(partition.forget, rows, (*partition.preference, *partition.retain, *partition.finetune))
+        return tuple({row.id: row for row in rows}.values())
 
     # --- instruments -----------------------------------------------------------------------------
 

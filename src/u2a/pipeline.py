@@ -37,7 +37,7 @@ from u2a.types import Partition, RewardTable, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver
 
 SOLUTION_ARM = "u2a"
-TRAINED_HERE = ("embedding", "implicit")  # reward models that are fitted on the run's own pairs
+TRAINED_HERE = ("embedding", "language_model", "implicit")  # reward models that are fitted on the run's own pairs
 PROBE_PROMPTS = 8  # answered once per round of selection
 
 

@@ -27,9 +27,10 @@ from u2a.console import (
     reliability_sentence,
     tone,
 )
-from u2a.evaluation.metrics import METRICS
+from u2a.evaluation.metrics import info
 from u2a.figures import Frame, Level, Series, bar_chart, histogram, interval_glyph, xy_chart
 from u2a.record import write_whole
+from u2a.reward.card import in_words
 from u2a.run_records import Candidate, RunRecords, candidates, cautions, flattened, option_rows, what_was_done
 from u2a.types import Contrast, EvalTable, Partition, UnlearnResult
 
@@ -206,8 +207,9 @@ def _environment() -> Environment:
     environment.filters["short"] = _short
     environment.globals |= {
         "better_direction": better_direction,
-        "definitions": METRICS,
+        "meaning": info,
         "flattened": flattened,
+        "in_words": in_words,
         "interval": interval,
         "number": number,
         "tone": tone,

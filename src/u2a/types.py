@@ -122,9 +122,18 @@ class RewardCard(Row):
         name: a readable name.
         n_train: pairs it was trained on here (0 = pretrained).
         pair_accuracy: share of held-out pairs ranked rightly, or None without pairs.
-        pair_accuracy_low, pair_accuracy_high: Wilson 95 % interval.
+        pair_accuracy_low, pair_accuracy_high: 95 % interval, Wilson's, or from resampling prompts where they repeat.
         n_pairs: held-out pairs counted.
-        length_correlation: Pearson correlation of reward and answer length in characters.
+        n_prompts: their prompts.
+        ece: expected calibration error over ``n_bins`` bins of equal mass, in [0, 1/2] for a model of any worth.
+        ece_if_calibrated: the ECE which a calibrated model with the same confidences would show on so few pairs;
+            an ``ece`` near it is no evidence of miscalibration.
+        n_bins: bins, at most one per 20 pairs (pairs of equal confidence share a bin).
+        brier, brier_low, brier_high: mean (1 - p)^2 of the probability p given to the chosen answer (coin: 1/4).
+        log_loss, log_loss_low, log_loss_high: mean -log p in nats (coin: log 2 = 0.693).
+        length_correlation, length_correlation_low, length_correlation_high: Pearson correlation of reward and answer
+            length in characters.
+        length_rank_correlation, length_rank_correlation_low, length_rank_correlation_high: Spearman's.
     """
 
     name: str
@@ -133,7 +142,22 @@ class RewardCard(Row):
     pair_accuracy_low: float | None = None
     pair_accuracy_high: float | None = None
     n_pairs: int = 0
+    n_prompts: int = 0
+    ece: float | None = None
+    ece_if_calibrated: float | None = None
+    n_bins: int = 0
+    brier: float | None = None
+    brier_low: float | None = None
+    brier_high: float | None = None
+    log_loss: float | None = None
+    log_loss_low: float | None = None
+    log_loss_high: float | None = None
     length_correlation: float | None = None
+    length_correlation_low: float | None = None
+    length_correlation_high: float | None = None
+    length_rank_correlation: float | None = None
+    length_rank_correlation_low: float | None = None
+    length_rank_correlation_high: float | None = None
 
 
 class RewardRow(Row):

@@ -80,8 +80,8 @@ def test_a_finished_run_is_resumed_without_doing_anything_twice(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a finished stage was run again")
 
-    for name in ("solve", "analyse", "evaluate_arm"):
-        monkeypatch.setattr(f"u2a.pipeline.{name}", never)
+    for name in ("pipeline.solve", "pipeline.analyse", "evaluation_stage.evaluate_arm"):
+        monkeypatch.setattr(f"u2a.{name}", never)
     assert main(["run", str(tiny_config()), "--quiet"]) == 0
     assert before == {path: path.read_bytes() for path in before}
 
@@ -269,8 +269,8 @@ def test_options_that_change_no_number_run_nothing_again(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a finished stage was run again")
 
-    for name in ("solve", "analyse", "evaluate_arm"):
-        monkeypatch.setattr(f"u2a.pipeline.{name}", never)
+    for name in ("pipeline.solve", "pipeline.analyse", "evaluation_stage.evaluate_arm"):
+        monkeypatch.setattr(f"u2a.{name}", never)
     options = ["evaluation.samples_shown=2", "unlearn.save_steps=7", "data.allow_leak=true"]
     words = [word for option in options for word in ("--set", option)]
     assert main(["run", str(tiny_config()), "--quiet", *words]) == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import u2a
+from u2a.config import ModelSection
 from u2a.evaluation.attack_success import attack_success
 from u2a.evaluation.chat_endpoint import EndpointError, LocalEndpoint
 from u2a.evaluation.judge import judged
@@ -106,10 +107,12 @@ def test_defect_13_no_code_comes_with_weights_or_data() -> None:
     found = [ast.unparse(call) for call in _calls() if ast.unparse(call.func) in ("torch.save", "torch.load")]
     for call in _calls():
         for keyword in call.keywords:
-            trusted = keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) != "False"
-            unsafe = keyword.arg == "safe_serialization" and ast.unparse(keyword.value) != "True"
+            value = ast.unparse(keyword.value)
+            trusted = keyword.arg == "trust_remote_code" and value not in ("False", "section.trust_remote_code")
+            unsafe = keyword.arg == "safe_serialization" and value != "True"
             found += [ast.unparse(call)] if trusted or unsafe else []
     assert found == []
+    assert ModelSection().trust_remote_code is False  # only who asks for it in the configuration runs foreign code
 
 
 def _calls() -> list[ast.Call]:

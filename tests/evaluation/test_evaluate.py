@@ -25,7 +25,8 @@ SECTION = EvaluationSection(generate_prompts=4, max_new_tokens=6, bootstrap=300)
 PARTITION = Partition(evaluation=(*pairs(6), *pairs(2, start=20)), retain=examples(25, start=50))
 LENGTH = Instruments(CallableReward("length", lambda prompts, answers: [float(len(answer)) for answer in answers]))
 ALWAYS = {
-    "preference_accuracy", "preference_margin", "reward", "retain_ppl", "refusal_rate", "degenerate_rate", "answer_words",
+    "preference_accuracy", "preference_margin", "reward", "retain_ppl", "refusal_rate", "degenerate_rate",
+    "answer_words",
 }  # fmt: skip
 
 

@@ -7,13 +7,14 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from u2a.errors import ConfigError
-from u2a.evaluation.degenerate import Observed, collapse, degeneration, distinct_n, incoherence
+from u2a.evaluation.degenerate import Form, Observed, collapse, degeneration, distinct_n, incoherence
 from u2a.evaluation.metrics import METRICS
 from u2a.evaluation.refusal import is_refusal
 from u2a.evaluation.refusal_judge import RefusalJudge, labelled_answers, refusal_error
@@ -168,7 +169,9 @@ def test_labelled_answers_are_many_and_in_one_half_each() -> None:
     assert len(tuning) + len(test) >= 120
     assert not set(tuning) & set(test)
     assert min(sum(test.values()), len(test) - sum(test.values())) >= 30
-    assert refusal_error("tuning").false_refusal.value < 0.1 > refusal_error("tuning").missed_refusal.value
+    tuned = refusal_error("tuning")
+    assert (tuned.false_refusal.value or 0) < 0.1
+    assert (tuned.missed_refusal.value or 0) < 0.1
 
 
 # --- forms -----------------------------------------------------------------------
@@ -221,6 +224,6 @@ def test_ordinary_answers_are_not_called_incoherent() -> None:
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
         rows |= {(json.loads(line)["prompt"], json.loads(line)[column]) for line in lines}
     assert len(rows) > 600
-    assert sum(incoherence(*row) is not None for row in rows) < 0.01 * len(rows)
-    answers = [Observed(*row, finished=True, harmless=True) for row in rows]
-    assert collapse(answers, 512).flag == ""
+    found = collapse([Observed(*row, finished=True, harmless=True) for row in rows], 512)
+    assert (found.flag, found.n) == ("", len(rows))
+    assert sum(found.shares[form] for form in get_args(Form)) < 0.01

@@ -136,6 +136,8 @@ def test_words_follow_accuracy_and_its_interval(share: float, words: str) -> Non
     assert said.startswith(words)
     few = in_words(reward_card(NUMBER, numbered([0.4] * 12 + [-0.4] * 8), 0, 100))  # 0.6 again, on 20 pairs
     assert few.startswith("not shown to be better than a coin")
+    some = in_words(reward_card(NUMBER, numbered([0.4] * 16 + [-0.4] * 4), 0, 100))  # 0.8 [0.58, 0.92]
+    assert some.startswith("better than a coin, perhaps barely")
 
 
 def test_margins_that_are_no_log_odds_are_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from u2a.evaluation.win_rate import (
 from u2a.reward.base import CallableReward
 
 
-def preferred(values: list[float | None]) -> dict[str, Preference]:
+def preferred(values: Sequence[float | None]) -> dict[str, Preference]:
     return {f"r{n:04d}": Preference(value=value) for n, value in enumerate(values)}
 
 

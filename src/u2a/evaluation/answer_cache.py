@@ -117,7 +117,7 @@ def policy_fingerprint(policy: Policy) -> str:
         16 hexadecimal digits.
     """
     model, config = policy.model, cast(PreTrainedModel, policy.model).config
-    settings = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    settings = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "use_cache")}
     layers = [
         (name, module.scaling, module.active_adapters, module.disable_adapters, module.merged_adapters)
         for name, module in model.named_modules()

@@ -9,7 +9,7 @@ from u2a.config_evaluation import EvaluationSection
 from u2a.data import prompt_key
 from u2a.evaluation.answer_cache import AnswerCache
 from u2a.evaluation.attack_success import SafetyRate, attack_success, over_refusal
-from u2a.evaluation.coherence import LongTextEncoder, coherence
+from u2a.evaluation.coherence import LongTextEncoder, coherence, coherence_metrics
 from u2a.evaluation.decoding import Answer, Decoding
 from u2a.evaluation.degenerate import Collapse, Observed, collapse, degeneration
 from u2a.evaluation.generation import answer_text, generate_ids
@@ -175,10 +175,12 @@ def evaluate_arm(
     if instruments.second_model is not None:
         metrics["reward_second"] = _mean(arm, second)
     if instruments.encoder is not None:
-        metrics |= _coherence_metrics(arm, instruments.encoder, prompts, texts)
+        asked = {key: prompt_text(turns) for key, turns in prompts.items()}
+        found = coherence(instruments.encoder, asked, texts)
+        metrics |= coherence_metrics(instruments.encoder, found, item_groups(partition), *arm.resampling)
     judge = "" if instruments.judge is None else instruments.judge.name
-    for key, found in sets.items():
-        metrics |= _set_metrics(key, found, judge, fallen)
+    for key, result in sets.items():
+        metrics |= _set_metrics(key, result, judge, fallen)
     return ArmResult(
         name=name,
         metrics=metrics | forgotten,
@@ -246,19 +248,6 @@ def _answer_metrics(
     for name, items in values.items():
         found = (rate_interval if name in RATES else bootstrap_mean)(items, groups, *arm.resampling)
         metrics[name] = Metric(value=found.value, low=found.low, high=found.high, n=found.n, values=dict(items))
-    return metrics
-
-
-def _coherence_metrics(
-    arm: _Arm, encoder: LongTextEncoder, prompts: Mapping[str, Turns], texts: Mapping[str, str]
-) -> dict[str, Metric]:
-    asked = {key: prompt_text(turns) for key, turns in prompts.items()}
-    found = coherence(encoder, asked, texts)
-    columns = {"coherence_minilm": found.cosine, "echo_rate": found.echo, "distinct_2": found.distinct_2}
-    metrics = {name: _mean(arm, values) for name, values in columns.items()}
-    if found.n_empty:
-        note = f"{found.n_empty} empty answers have no coherence"
-        metrics["coherence_minilm"] = metrics["coherence_minilm"].model_copy(update={"note": note})
     return metrics
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Literal, get_args
 
 from u2a.evaluation.refusal import is_refusal
@@ -123,6 +124,7 @@ _COMMON = """
 _FUNCTION_WORDS = frozenset(_COMMON.split())
 
 
+@lru_cache(maxsize=4096)  # judge, collapse and metrics ask about the same answers
 def degeneration(answer: str) -> Literal["empty", "looping", "repetitive"] | None:
     """Name what is wrong with an answer's form.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,19 +26,24 @@ class PromptSet:
         name: name of the set, as it stands after the slash in metric names.
         wanted: what a good model does with them.
         prompts: turns by prompt id (the hash of what the user asks, so repeats count once).
+        n_left_out: prompts of the file left out because the run trains on them.
     """
 
     name: str
     wanted: Wanted
     prompts: dict[str, tuple[Message, ...]]
+    n_left_out: int = 0
 
 
-def read_prompt_sets(sections: Sequence[PromptSetSection], data: DataSection) -> list[PromptSet]:
+def read_prompt_sets(
+    sections: Sequence[PromptSetSection], data: DataSection, trained: Set[str] = frozenset()
+) -> list[PromptSet]:
     """Read every prompt set; a file with labels gives two sets, ``NAME_safe`` and ``NAME_unsafe``.
 
     Args:
         sections: name, path, what is wanted, and how many prompts of each set.
         data: the prompt's column and the system turn.
+        trained: ids of prompts that the run trains on; they are left out and counted.
 
     Returns:
         The sets; where a set is capped, the prompts of least hash are kept, whatever the order of the file.
@@ -51,7 +56,7 @@ def read_prompt_sets(sections: Sequence[PromptSetSection], data: DataSection) ->
     sets: list[PromptSet] = []
     for section in sections:
         try:
-            sets += _read_one(section, data)
+            sets += _read_one(section, data, trained)
         except DataError as error:
             problems += error.problems
     if problems:
@@ -63,7 +68,7 @@ def read_prompt_sets(sections: Sequence[PromptSetSection], data: DataSection) ->
     return sets
 
 
-def _read_one(section: PromptSetSection, data: DataSection) -> list[PromptSet]:
+def _read_one(section: PromptSetSection, data: DataSection, trained: Set[str]) -> list[PromptSet]:
     rows = read_rows(section.path, section.name)
     prompts = parse_prompts(rows, data)
     kinds: list[Wanted] = ["comply" if section.wanted == "comply" else "refuse"] * len(rows)
@@ -81,28 +86,22 @@ def _read_one(section: PromptSetSection, data: DataSection) -> list[PromptSet]:
     for wanted in dict.fromkeys(kinds):
         suffix = {"comply": "_safe", "refuse": "_unsafe"}[wanted] if section.wanted == "label" else ""
         chosen = {prompt_key(prompt): prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind == wanted}
-        kept = sorted(chosen)[: section.max_prompts]
-        out.append(PromptSet(section.name + suffix, wanted, {key: chosen[key] for key in kept}))
-    if not out:
-        raise ConfigError(f"evaluation.prompt_sets: {section.path} holds no prompt")
-    return out
+        unseen = sorted(chosen.keys() - trained)
+        kept = {key: chosen[key] for key in unseen[: section.max_prompts]}
+        out.append(PromptSet(section.name + suffix, wanted, kept, len(chosen) - len(unseen)))
+    if not any(item.prompts for item in out):
+        raise ConfigError(f"evaluation.prompt_sets: {section.path} holds no prompt that the run does not train on")
+    return [item for item in out if item.prompts]
 
 
-def leaked(sets: Sequence[PromptSet], partition: Partition) -> dict[str, int]:
-    """Count evaluation prompts that were trained on.
+def trained_prompts(partition: Partition) -> set[str]:
+    """Find what the run trains on.
 
     Args:
-        sets: prompt sets.
         partition: the run's data.
 
     Returns:
-        Prompts of the set that stand in ``forget``, ``preference``, ``retain`` or ``finetune``, by name of the set;
-        sets without any are left out.
+        Prompt ids of ``forget``, ``preference``, ``retain``, ``reward`` and ``finetune``.
     """
-    trained = {
-        prompt_key(row.prompt)
-        for rows in (partition.forget, partition.preference, partition.retain, partition.finetune)
-        for row in rows
-    }
-    counts = {item.name: len(trained & set(item.prompts)) for item in sets}
-    return {name: count for name, count in counts.items() if count}
+    sets = (partition.forget, partition.preference, partition.retain, partition.reward, partition.finetune)
+    return {prompt_key(row.prompt) for rows in sets for row in rows}

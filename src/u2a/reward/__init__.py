@@ -1,8 +1,8 @@
 """Stage 2: reward models behind one interface, their cards, and the reward analysis of the negatives."""
 
-from u2a.reward.analysis import analyse, build_reward_model, evaluation_section
+from u2a.reward.analysis import analyse, build_reward_model
 from u2a.reward.base import CallableReward, RewardModel
-from u2a.reward.card import RewardModelCard, card_lines, in_words, reward_card
+from u2a.reward.card import card_lines, in_words, reward_card
 from u2a.reward.embedding import Embedder, EmbeddingReward, load_embedding_reward, train_embedding_reward
 from u2a.reward.implicit import DpoSettings, train_implicit_reward
 from u2a.reward.lm_head import HiddenStates, LanguageModelReward, train_language_model_reward
@@ -20,14 +20,12 @@ __all__ = [
     "ImplicitReward",
     "LanguageModelReward",
     "RewardModel",
-    "RewardModelCard",
     "SequenceClassifierReward",
     "TokenValueHead",
     "TrainedHead",
     "analyse",
     "build_reward_model",
     "card_lines",
-    "evaluation_section",
     "in_words",
     "load_embedding_reward",
     "load_reward_model",

@@ -18,6 +18,7 @@ from u2a.reward.base import RewardModel
 from u2a.reward.card import reward_card
 from u2a.reward.embedding import Embedder, train_embedding_reward
 from u2a.reward.implicit import train_implicit_reward
+from u2a.reward.lm_head import load_hidden_states, train_language_model_reward
 from u2a.reward.loading import load_reward_model
 from u2a.types import Example, Pair, RewardRow, RewardTable
 
@@ -28,8 +29,8 @@ def build_reward_model(
     """Load or train the reward model of the options.
 
     Args:
-        section: reward options; ``model`` and ``name_or_path`` are read (see :func:`evaluation_section`).
-        pairs: training pairs of ``embedding`` and ``implicit``; pretrained models ignore them.
+        section: reward options; ``model`` and ``name_or_path`` are read.
+        pairs: training pairs of ``embedding``, ``language_model`` and ``implicit``; pretrained models ignore them.
         policy: gives the device, and the model of ``implicit`` (which leaves it unchanged).
         seed: seed of the training order.
         progress: shows the phase ``reward model``.
@@ -48,6 +49,8 @@ def build_reward_model(
     with progress.phase("reward model", unit="texts") as bar:
         if section.model == "embedding":
             return train_embedding_reward(Embedder(section.name_or_path, device), pairs, bar)
+        if section.model == "language_model":
+            return train_language_model_reward(load_hidden_states(section.name_or_path, str(device)), pairs, bar)
         if section.model == "implicit":
             if policy is None:
                 raise ConfigError("reward.model: implicit needs the policy, got none")
@@ -69,18 +72,6 @@ def split_reward_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
         groups.setdefault(prompt_key(pair.prompt), []).append(pair)
     keys = sorted(groups)
     return [p for key in keys[0::2] for p in groups[key]], [p for key in keys[1::2] for p in groups[key]]
-
-
-def evaluation_section(section: RewardSection) -> RewardSection:
-    """Return the options of the evaluation's reward model in the place of the analysis' ones.
-
-    Args:
-        section: reward options.
-
-    Returns:
-        A copy whose ``model`` and ``name_or_path`` are ``eval_model`` and ``eval_name_or_path``.
-    """
-    return section.model_copy(update={"model": section.eval_model, "name_or_path": section.eval_name_or_path})
 
 
 def analyse(

@@ -24,39 +24,6 @@ MAX_BINS, PAIRS_PER_BIN = 10, 20
 _SIMULATED = 200
 
 
-class RewardModelCard(RewardCard):
-    """What is known of a reward model, in full; intervals are 95 % and resample prompts.
-
-    Attributes:
-        n_prompts: prompts of the held-out pairs.
-        ece: expected calibration error over ``n_bins`` bins of equal mass, in [0, 1/2] for a model of any worth.
-        ece_if_calibrated: the ECE which a calibrated model with the same confidences would show on so few pairs;
-            an ``ece`` near it is no evidence of miscalibration.
-        n_bins: bins, at most one per 20 pairs (pairs of equal confidence share a bin).
-        brier, brier_low, brier_high: mean (1 - p)^2 of the probability p given to the chosen answer (coin: 1/4).
-        log_loss, log_loss_low, log_loss_high: mean -log p in nats (coin: log 2 = 0.693).
-        length_correlation_low, length_correlation_high: interval of the Pearson correlation.
-        length_rank_correlation, length_rank_correlation_low, length_rank_correlation_high: Spearman correlation of
-            reward and answer length in characters.
-    """
-
-    n_prompts: int = 0
-    ece: float | None = None
-    ece_if_calibrated: float | None = None
-    n_bins: int = 0
-    brier: float | None = None
-    brier_low: float | None = None
-    brier_high: float | None = None
-    log_loss: float | None = None
-    log_loss_low: float | None = None
-    log_loss_high: float | None = None
-    length_correlation_low: float | None = None
-    length_correlation_high: float | None = None
-    length_rank_correlation: float | None = None
-    length_rank_correlation_low: float | None = None
-    length_rank_correlation_high: float | None = None
-
-
 @dataclass(frozen=True)
 class Calibration:
     """Calibration error of paired comparisons.
@@ -74,7 +41,7 @@ class Calibration:
 
 def reward_card(
     model: RewardModel, pairs: Sequence[Pair], n_train: int, resamples: int = 1000, seed: int = 0
-) -> RewardModelCard:
+) -> RewardCard:
     """Measure a reward model on pairs it was not trained on.
 
     Args:
@@ -109,7 +76,7 @@ def reward_card(
         for measure in (pearson, spearman)
     )
     calibrated = calibration(margins)
-    return RewardModelCard(
+    return RewardCard(
         name=model.name,
         n_train=n_train,
         n_pairs=n,
@@ -155,7 +122,7 @@ def calibration(margins: np.ndarray, n_bins: int | None = None, seed: int = 0) -
     return Calibration(ece, float(np.abs((drawn - confidence) @ member).sum(1).mean() / n), n_bins)
 
 
-def in_words(card: RewardModelCard) -> str:
+def in_words(card: RewardCard) -> str:
     """Say what the numbers of a card amount to.
 
     Args:
@@ -175,6 +142,8 @@ def in_words(card: RewardModelCard) -> str:
         clauses = ["barely better than a coin"]
     else:
         clauses = ["better than a coin"] if value < 0.75 else ["clearly better than a coin"]
+        if low < 0.6:
+            clauses = ["better than a coin, perhaps barely (few held-out prompts)"]
     if card.log_loss is not None and card.log_loss >= COIN_LOG_LOSS and low > 0.5:
         clauses.append("its margins are no log odds (log loss no lower than a coin's)")
     ends = card.length_rank_correlation_low, card.length_rank_correlation_high
@@ -184,7 +153,7 @@ def in_words(card: RewardModelCard) -> str:
     return "; ".join(clauses)
 
 
-def card_lines(card: RewardModelCard) -> list[str]:
+def card_lines(card: RewardCard) -> list[str]:
     """Print a card as text.
 
     Args:

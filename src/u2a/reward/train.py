@@ -14,13 +14,13 @@ from u2a.errors import ConfigError, DataError
 from u2a.model_loading import pick_device
 from u2a.progress import Advance, Console
 from u2a.record import content_id
-from u2a.reward.card import RewardModelCard, card_lines, reward_card
+from u2a.reward.card import card_lines, reward_card
 from u2a.reward.embedding import Embedder, EmbeddingReward, train_embedding_reward
 from u2a.reward.head import MIN_PROMPTS, refuse_taken
 from u2a.reward.lm_head import LanguageModelReward, load_hidden_states, train_language_model_reward
 from u2a.reward.loading import absolute, is_causal
 from u2a.rows import Source
-from u2a.types import Pair
+from u2a.types import Pair, RewardCard
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TrainedHead:
     """
 
     model: EmbeddingReward | LanguageModelReward
-    card: RewardModelCard
+    card: RewardCard
     folder: Path
 
 

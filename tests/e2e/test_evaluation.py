@@ -1,0 +1,149 @@
+"""The evaluation stage from the command line: prompt sets, forgetting, robustness, and the comparison of runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from u2a.cli import main
+from u2a.compare import Comparison
+from u2a.data import prompt_key
+from u2a.evaluation.arm import ArmResult
+from u2a.evaluation.metrics import METRICS, info
+from u2a.robustness.table import RobustnessTable
+from u2a.types import EvalTable, Partition
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def attacked_config(tiny_config: Callable[..., Path], tiny_files: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A configuration with a set of harmful prompts, a labelled set, and everything that runs without a network."""
+    harmful = [{"prompt": f"H{k}: do it"} for k in range(5)]
+    trained = {"prompt": json.loads((tiny_files / "retain.jsonl").read_text().splitlines()[0])["prompt"]}
+    write_jsonl(tmp_path / "harmful.jsonl", [*harmful, trained])
+    labelled = [{"prompt": f"L{k}", "label": ("safe", "unsafe")[k % 2]} for k in range(8)]
+    write_jsonl(tmp_path / "labelled.jsonl", labelled)
+    evaluation = {
+        "prompt_sets": [
+            {"name": "harmful", "path": "harmful.jsonl"},
+            {"name": "look", "path": "labelled.jsonl", "wanted": "label", "max_prompts": 3},
+        ],
+        "forget_rows": 6,
+    }
+
+    def make(**changes: dict) -> Path:
+        given = evaluation | changes.pop("evaluation", {})
+        robustness = {"relearn_steps": [1, 2], "relearn_rows": 4, "prompts": 2, "schemes": ["int4"]}
+        return tiny_config(evaluation=given, robustness=robustness, **changes)
+
+    return make
+
+
+def test_prompt_sets_and_forgetting_stand_beside_the_other_metrics(
+    attacked_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert main(["run", str(attacked_config()), "--quiet"]) == 0
+    arm = ArmResult.load(tmp_path / "run" / "arms" / "after.json")
+    assert set(arm.sets) == {"harmful", "look_safe", "look_unsafe"}
+    trained = {prompt_key(row.prompt) for row in Partition.load(tmp_path / "run" / "partition.json").retain}
+    assert len(arm.sets["harmful"].answers) == 5, "the prompt that the run trains on is left out"
+    assert not trained & set(arm.sets["harmful"].answers)
+    assert len(arm.sets["look_safe"].answers) == 3
+    states = [verdict.state for verdict in arm.sets["harmful"].verdicts.values()]
+    rate = arm.metrics["asr/harmful"]
+    assert "coverage 1.000" in rate.note
+    if rate.value is not None:
+        assert rate.value == states.count("complied") / len(states)
+    else:
+        assert "collapsed" in rate.note, "a random model talks nonsense and is not called safe"
+    assert {"over_refusal/look_safe", "asr/look_unsafe", "incoherent_rate/harmful"} <= set(arm.metrics)
+    assert {"exact_memorisation", "extraction_strength", "mia_loss", "mia_min_k_plus"} <= set(arm.metrics)
+    before = ArmResult.load(tmp_path / "run" / "arms" / "before.json")
+    assert before.metrics["mia_reference"].value == 0.5, "at the start it is its own reference"
+    assert all(info(name) for name in arm.metrics)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "asr/harmful" in page and METRICS["asr"].formula.split(":")[0] in page, "with its meaning"
+
+
+def test_answers_are_not_made_twice(
+    attacked_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["run", str(attacked_config()), "--quiet"]) == 0
+    table = EvalTable.load(tmp_path / "run" / "evaluation.json")
+    for name in ("before", "after", "random_k"):
+        (tmp_path / "run" / "arms" / f"{name}.json").unlink()
+
+    def never(*_: object) -> None:
+        raise AssertionError("an answer in the cache was generated again")
+
+    monkeypatch.setattr("u2a.evaluation.generation._decode", never)
+    assert main(["evaluate", str(attacked_config()), "--quiet"]) == 0
+    assert EvalTable.load(tmp_path / "run" / "evaluation.json") == table
+
+
+def test_robustness_attacks_the_start_and_the_solution_alike(
+    attacked_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = str(attacked_config())
+    assert main(["run", config, "--quiet"]) == 0
+    adapter = (tmp_path / "run" / "arms" / "u2a.safetensors").read_bytes()
+    assert main(["evaluate", config, "--robustness", "--quiet"]) == 0
+    table = RobustnessTable.load(tmp_path / "run" / "robustness.json")
+    assert table.arms == ("before", "after")
+    conditions = {row.condition for row in table.rows}
+    assert {"none", "int4", "relearn forget @2"} <= conditions and any(
+        name.startswith("prompt ") for name in conditions
+    )
+    assert {row.metric for row in table.rows} >= {"log_prob/forget", "log_prob/retain", "refused"}
+    assert (tmp_path / "run" / "robustness.md").read_text().startswith("### log_prob/forget")
+    assert (tmp_path / "run" / "arms" / "u2a.safetensors").read_bytes() == adapter
+
+
+def test_compare_pairs_the_runs_on_shared_prompts(
+    tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for loss in ("npo", "ga"):
+        options = ["--set", f"unlearn.loss={loss}", "--set", f"output_dir={tmp_path / loss}"]
+        assert main(["run", str(tiny_config()), "--quiet", *options]) == 0
+    capsys.readouterr()
+    out = tmp_path / "compared.json"
+    assert main(["compare", str(tmp_path / "npo"), str(tmp_path / "ga"), "--out", str(out)]) == 0
+    found = Comparison.load(out)
+    assert found.runs == ("npo", "ga") and "| preference_margin" in capsys.readouterr().out
+    margins = [found.metrics[run]["preference_margin"].value for run in found.runs]
+    contrast = next(item for item in found.contrasts if item.metric == "preference_margin")
+    assert contrast.difference == pytest.approx(margins[1] - margins[0]) and contrast.first == "ga"
+    page = tmp_path / "compared.html"
+    assert main(["compare", str(tmp_path / "npo"), str(tmp_path / "ga"), "--out", str(page)]) == 0
+    assert "Content-Security-Policy" in page.read_text() and "<script" not in page.read_text()
+
+
+def test_wrong_calls_end_with_one_clear_line(
+    tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(tmp_path)]) == 2
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
+    assert main(["reward", "train", "--base", "x"]) == 2
+    assert "--pairs" in capsys.readouterr().err
+    sets = [{"name": "a/b", "path": "x.jsonl"}]
+    assert main(["run", str(tiny_config(evaluation={"prompt_sets": sets})), "--quiet"]) == 2
+    assert "slash" in capsys.readouterr().err
+    judge = {"rubric": "answered"}
+    assert main(["run", str(tiny_config(evaluation={"judge": judge})), "--quiet"]) == 2
+    assert "url" in capsys.readouterr().err
+
+
+def test_metrics_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["metrics"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name}  (" in shown for name in METRICS)
+
+
+def test_an_unknown_metric_has_no_meaning() -> None:
+    assert info("asr/anything") is METRICS["asr"] and info("nothing") is None
