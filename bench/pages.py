@@ -60,12 +60,12 @@ def scoring(found: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    forward = found["seconds"]["forward"]["median"]
+    forward = found["seconds"]["forward"]["median_s"]
     machine, rows = found["machine"], []
     for name, row in found["agreement"].items():
-        seconds = found["seconds"][name]["median"]
+        seconds = found["seconds"][name]["median_s"]
         rows.append((name, seconds, seconds / forward, row["spearman"], row["rel_error"]))
-    loop = found["seconds"]["per_sample_backward"]["median"]
+    loop = found["seconds"]["per_sample_backward"]["median_s"]
     rows.append(("one backward per sample (the truth)", loop, loop / forward, 1.0, 0.0))
     rivals = [
         (name, row.get("version"), row["status"], row.get("seconds"), row.get("ratio_to_central"), row.get("spearman"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -182,11 +183,16 @@ def _sentence(error: Any) -> str:
 
 
 def _resolved(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make relative data paths of a file relative to its directory (those of ``--set`` stay as they are)."""
+    """Make relative data paths of a file relative to its directory, and fill in ``~`` and ``$VARIABLE``.
+
+    Those of ``--set`` stay as they are: the shell has filled them in.
+    """
 
     def resolved(value: Any) -> Any:
-        is_local = isinstance(value, str) and value and ":" not in value
-        return str(folder / value) if is_local and not Path(value).is_absolute() else value
+        if not isinstance(value, str) or not value or ":" in value:
+            return value
+        path = Path(os.path.expandvars(value)).expanduser()
+        return str(path if path.is_absolute() else folder / path)
 
     out = dict(tree)
     if isinstance(data := tree.get("data"), dict):
