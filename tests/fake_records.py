@@ -220,6 +220,7 @@ def fake_records(n: int = 60, text: str | None = None) -> RunRecords:
             "u2a": fake_unlearn("u2a", 0.033),
         },
         evaluation=fake_evaluation(text),
+        robustness=None,
         summary={
             "seconds": {text or "partition": 0.02, "reward": 12.5, "solve": 98.6, "unlearn": 176.1, "evaluate": 64.0},
             "peak_rss_bytes": 1_534_066_688,
@@ -231,4 +232,4 @@ def fake_records(n: int = 60, text: str | None = None) -> RunRecords:
 
 def empty_records() -> RunRecords:
     """The records of a run that has done nothing but write its configuration and an empty partition."""
-    return RunRecords(RunConfig(), Partition(), None, None, None, {}, None, {})
+    return RunRecords(RunConfig(), Partition(), None, None, None, {}, None, None, {})

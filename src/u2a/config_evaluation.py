@@ -55,6 +55,9 @@ class EvaluationSection(Section):
     forget_rows: Annotated[int, Field(ge=0)] = option(
         0, "forget rows measured for memorisation and membership inference (0: none)"
     )
+    equal_ppl_frac: NonNegative | None = option(
+        None, "also measure solution and random_k with their change scaled to this rise of retain perplexity"
+    )
     generate_prompts: Annotated[int, Field(ge=0)] = option(24, "evaluation prompts answered by every arm")
     max_new_tokens: Count = option(48, "tokens per generated answer")
     samples_shown: Annotated[int, Field(ge=0)] = option(3, "answers printed before and after")

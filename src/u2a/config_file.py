@@ -183,10 +183,7 @@ def _sentence(error: Any) -> str:
 
 
 def _resolved(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make relative data paths of a file relative to its directory, and fill in ``~`` and ``$VARIABLE``.
-
-    Those of ``--set`` stay as they are: the shell has filled them in.
-    """
+    """Make relative data paths of a file relative to its directory and fill in ``~``, ``$VARIABLE`` (not in --set)."""
 
     def resolved(value: Any) -> Any:
         if not isinstance(value, str) or not value or ":" in value:

@@ -6,7 +6,7 @@ to every arm. Files are read and checked before any model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,26 +15,29 @@ from u2a.config_evaluation import JudgeSection, RobustnessSection
 from u2a.data import example_id, prompt_key, read_examples
 from u2a.errors import ConfigError
 from u2a.evaluation.answer_cache import AnswerCache
-from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, prompts_answered
+from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, item_groups, prompts_answered
 from u2a.evaluation.chat_endpoint import HttpEndpoint
 from u2a.evaluation.coherence import LongTextEncoder
 from u2a.evaluation.decoding import Decoding
-from u2a.evaluation.evaluate import build_table
+from u2a.evaluation.equal_utility import at_equal_utility, largest_scale
+from u2a.evaluation.evaluate import EQUAL_PPL, build_table
 from u2a.evaluation.generation import generate
-from u2a.evaluation.judge import Judge
+from u2a.evaluation.judge import Judge, PairJudge
 from u2a.evaluation.membership import check_holdout
+from u2a.evaluation.pairwise import export_alpaca_eval, preferences_over, win_rate_metrics
 from u2a.evaluation.prompt_sets import PromptSet, read_prompt_sets, trained_prompts
 from u2a.evaluation.refusal_judge import RefusalJudge
 from u2a.evaluation.reward_value import answer_rewards
-from u2a.evaluation.rubric_judge import Asker, RubricJudge
+from u2a.evaluation.rubric_judge import Asker, RubricJudge, RubricPairJudge
 from u2a.evaluation.rubrics import RUBRICS
+from u2a.evaluation.win_rate import RewardPairJudge
 from u2a.jsonl_cache import JsonlCache
 from u2a.model_loading import load_model
 from u2a.modeling import Params, Policy
 from u2a.pipeline import SOLUTION_ARM, TRAINED_HERE, Pipeline
 from u2a.record import derive_seed
 from u2a.reward.analysis import build_reward_model, split_reward_pairs
-from u2a.reward.base import RewardModel
+from u2a.reward.base import RewardModel, prompt_text
 from u2a.reward.card import reward_card
 from u2a.robustness.attacks import PROMPT_ATTACKS, PromptAttack, Turns, load_paraphrases
 from u2a.robustness.pack import (
@@ -48,7 +51,7 @@ from u2a.robustness.pack import (
 )
 from u2a.robustness.relearn import Relearning
 from u2a.robustness.table import RobustnessTable
-from u2a.types import EvalTable, Example, RewardCard
+from u2a.types import EvalTable, Example, Metric, RewardCard
 
 
 class EvaluationStage:
@@ -142,31 +145,76 @@ class EvaluationStage:
         arms = {"before": self._arm("before")}
         for arm in (SOLUTION_ARM, *section.controls):
             arms["after" if arm == SOLUTION_ARM else arm] = self._arm(arm)
+        if section.equal_ppl_frac is not None:
+            for arm in (SOLUTION_ARM, *(name for name in section.controls if name == "random_k")):
+                result = self._arm(arm, section.equal_ppl_frac)
+                arms[result.name] = result
+        arms = {name: self._with_win_rates(arm, arms["before"]) for name, arm in arms.items()}
         cards = tuple(card for _, card in self._rewards)
         table = build_table(arms, pipeline.partition, section, self._config.seed, cards, solution)
         table.save(pipeline.dir / "evaluation.json")
         pipeline.unlearn_arm(SOLUTION_ARM)
         return table
 
-    def _arm(self, arm: str) -> ArmResult:
-        """Measure one arm, or read its measurement back."""
+    def _arm(self, arm: str, equal_ppl_frac: float | None = None) -> ArmResult:
+        """Measure one arm, as it is or at equal utility, or read its measurement back."""
         pipeline, config = self._pipeline, self._config
-        name = "after" if arm == SOLUTION_ARM else arm
+        name = ("after" if arm == SOLUTION_ARM else arm) + ("" if equal_ppl_frac is None else EQUAL_PPL)
         weights = {} if arm in ("before", "base", "retrain") else pipeline.arm_weights(arm)
         source = pipeline.arm_key(arm, weights) if weights else arm if arm in ("base", "retrain") else "before"
-        options = config.evaluation.model_dump(mode="json", exclude={"controls", "samples_shown"})
+        left_out = {"controls", "samples_shown", "equal_ppl_frac"}
+        options = config.evaluation.model_dump(mode="json", exclude=left_out)
         names = ("eval_model", "eval_name_or_path", "second_model", "second_name_or_path")
         reward_options = config.reward.model_dump(include=set(names))
         files = [sorted(item.prompts) for item in self.prompt_sets], [row.id for row in self.holdout]
-        key = pipeline.key("evaluate", source, options, reward_options, *files)
+        key = pipeline.key("evaluate", source, options, reward_options, equal_ppl_frac, *files)
 
-        def compute() -> ArmResult:
-            policy = self._policy_of(arm)
+        def measure(policy: Policy) -> ArmResult:
             return evaluate_arm(
                 policy, pipeline.partition, self._instruments, config.evaluation, config.seed, pipeline.console, name
             )
 
+        def compute() -> ArmResult:
+            policy = self._policy_of(arm)
+            return measure(policy) if equal_ppl_frac is None else self._scaled(policy, measure, equal_ppl_frac, name)
+
         return pipeline.store.saved(f"arms/{name}", ArmResult, key, compute)
+
+    def _scaled(
+        self, policy: Policy, measure: Callable[[Policy], ArmResult], budget_frac: float, name: str
+    ) -> ArmResult:
+        """Measure a policy at the largest scale of its change that the utility budget allows."""
+        rows = self._pipeline.partition.retain_parts().evaluation
+        if not rows:
+            raise ConfigError("evaluation.equal_ppl_frac: needs retain rows (data.retain)")
+        encoded = [policy.encoder.encode(row.prompt, row.completion, row.source) for row in rows]
+        with self._pipeline.console.phase(f"scale of {name}"):
+            search = largest_scale(policy, lambda now: now.perplexity(encoded), budget_frac)
+        result = at_equal_utility(policy, search, measure).value
+        note = "" if search.monotone else "perplexity did not rise evenly with the scale"
+        scale = Metric(value=search.scale, n=len(rows), note=note)
+        return result.model_copy(update={"metrics": result.metrics | {"adapter_scale": scale}})
+
+    def _with_win_rates(self, arm: ArmResult, baseline: ArmResult) -> ArmResult:
+        """Add the win rate over the start, and write the answers in AlpacaEval's format."""
+        judge = self._pair_judge
+        if arm.name == baseline.name or judge is None or not arm.answers:
+            return arm
+        partition, resampling = self._pipeline.partition, self._config.evaluation.bootstrap
+        prompts = {pair.id: prompt_text(pair.prompt) for pair in partition.evaluation}
+        compared = preferences_over(arm, baseline, prompts, judge)
+        seed = derive_seed(self._config.seed, "bootstrap")
+        found = win_rate_metrics(compared, arm, baseline, item_groups(partition), (resampling, seed))
+        export_alpaca_eval(self._pipeline.dir / "alpaca_eval", compared, arm, baseline)
+        return arm.model_copy(update={"metrics": arm.metrics | found})
+
+    @cached_property
+    def _pair_judge(self) -> PairJudge | None:
+        """The judge of win rates: the chat model of the options, else the evaluation's reward model, else none."""
+        section = self._config.evaluation.judge
+        if section.rubric != "refusal":
+            return RubricPairJudge(_asker(section, self._pipeline.dir / "cache"))
+        return RewardPairJudge(self._rewards[0][0]) if self._rewards else None
 
     def _policy_of(self, arm: str) -> Policy:
         pipeline = self._pipeline
@@ -261,8 +309,12 @@ def make_judge(section: JudgeSection, cache: Path) -> Judge:
     """
     if section.rubric == "refusal":
         return RefusalJudge()
+    return RubricJudge(_asker(section, cache), RUBRICS[section.rubric])
+
+
+def _asker(section: JudgeSection, cache: Path) -> Asker:
     endpoint = HttpEndpoint(url=str(section.url), model=section.model, key_env=section.key_variable)
-    return RubricJudge(Asker(endpoint, JsonlCache(cache / "verdicts.jsonl")), RUBRICS[section.rubric])
+    return Asker(endpoint, JsonlCache(cache / "verdicts.jsonl"))
 
 
 def _reward_sections(section: RewardSection) -> list[RewardSection]:

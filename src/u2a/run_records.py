@@ -16,6 +16,7 @@ from u2a.config_file import all_options, load_config
 from u2a.console import FALLBACK_SENTENCES, number
 from u2a.errors import RecordError
 from u2a.record import Record
+from u2a.robustness.table import RobustnessTable
 from u2a.solution import ScoreTable, Solution
 from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
 
@@ -34,6 +35,7 @@ class RunRecords:
         solution: stage 3.
         unlearn: stage 4, by arm.
         evaluation: stage 5.
+        robustness: the attacks on the result.
         summary: ``seconds`` (wall seconds by phase), ``peak_rss_bytes``, ``provenance`` and whatever else the
             run noted about itself.
     """
@@ -45,6 +47,7 @@ class RunRecords:
     solution: Solution | None
     unlearn: dict[str, UnlearnResult]
     evaluation: EvalTable | None
+    robustness: RobustnessTable | None
     summary: dict[str, Any]
 
     @classmethod
@@ -77,6 +80,7 @@ class RunRecords:
             solution=_load_if_there(Solution, folder / "solution.json"),
             unlearn={record.arm: record for record in arms},
             evaluation=_load_if_there(EvalTable, folder / "evaluation.json"),
+            robustness=_load_if_there(RobustnessTable, folder / "robustness.json"),
             summary={"provenance": noted.get("provenance") or {}} | _read_summary(folder / "summary.json"),
         )
 

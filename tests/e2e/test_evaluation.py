@@ -10,11 +10,16 @@ import pytest
 
 from u2a.cli import main
 from u2a.compare import Comparison
+from u2a.config_file import load_config
 from u2a.data import prompt_key
 from u2a.evaluation.arm import ArmResult
 from u2a.evaluation.metrics import METRICS, info
+from u2a.evaluation_stage import EvaluationStage
+from u2a.pipeline import Pipeline
+from u2a.progress import Console
+from u2a.reward import CallableReward
 from u2a.robustness.table import RobustnessTable
-from u2a.types import EvalTable, Partition
+from u2a.types import EvalTable, Partition, RewardCard
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -35,6 +40,7 @@ def attacked_config(tiny_config: Callable[..., Path], tiny_files: Path, tmp_path
             {"name": "look", "path": "labelled.jsonl", "wanted": "label", "max_prompts": 3},
         ],
         "forget_rows": 6,
+        "equal_ppl_frac": 0.02,
     }
 
     def make(**changes: dict) -> Path:
@@ -64,11 +70,35 @@ def test_prompt_sets_and_forgetting_stand_beside_the_other_metrics(
         assert "collapsed" in rate.note, "a random model talks nonsense and is not called safe"
     assert {"over_refusal/look_safe", "asr/look_unsafe", "incoherent_rate/harmful"} <= set(arm.metrics)
     assert {"exact_memorisation", "extraction_strength", "mia_loss", "mia_min_k_plus"} <= set(arm.metrics)
+    scaled = ArmResult.load(tmp_path / "run" / "arms" / "after_equal_ppl.json")
     before = ArmResult.load(tmp_path / "run" / "arms" / "before.json")
+    assert 0.0 < scaled.metrics["adapter_scale"].value <= 1.0
+    assert scaled.metrics["retain_ppl"].value <= 1.02 * before.metrics["retain_ppl"].value + 1e-6
+    table = EvalTable.load(tmp_path / "run" / "evaluation.json")
+    assert ("after_equal_ppl", "random_k_equal_ppl") in {(item.first, item.second) for item in table.contrasts}
     assert before.metrics["mia_reference"].value == 0.5, "at the start it is its own reference"
     assert all(info(name) for name in arm.metrics)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "asr/harmful" in page and METRICS["asr"].formula.split(":")[0] in page, "with its meaning"
+
+
+def test_rewards_give_win_rates_and_files_for_alpaca_eval(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    reward = {"model": "none", "eval_model": "none", "second_model": "none"}
+    assert main(["run", str(tiny_config(reward=reward)), "--quiet"]) == 0
+    without = EvalTable.load(tmp_path / "run" / "evaluation.json")
+    assert "win_rate" not in without.arms["after"]
+    stage = EvaluationStage(Pipeline(load_config(tiny_config(reward=reward)), Console(quiet=True)))
+    length = CallableReward("length", lambda prompts, answers: [float(len(answer)) for answer in answers])
+    stage.__dict__["_rewards"] = [(length, RewardCard(name="length"))]
+    for name in ("before", "after", "random_k"):
+        (tmp_path / "run" / "arms" / f"{name}.json").unlink()
+    table = stage.table()
+    before, after = (ArmResult.load(tmp_path / "run" / "arms" / f"{name}.json") for name in ("before", "after"))
+    signs = [len(after.answers[key]) - len(before.answers[key]) for key in after.answers]
+    expected = 100 * sum(0.5 if sign == 0 else float(sign > 0) for sign in signs) / len(signs)
+    assert table.arms["after"]["win_rate"].value == pytest.approx(expected)
+    outputs = json.loads((tmp_path / "run" / "alpaca_eval" / "after.outputs.json").read_text())
+    assert sorted(row["output"] for row in outputs) == sorted(after.answers.values())
 
 
 def test_answers_are_not_made_twice(

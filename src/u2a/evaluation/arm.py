@@ -21,6 +21,7 @@ from u2a.evaluation.preference import preference_hits, preference_margins
 from u2a.evaluation.prompt_sets import PromptSet, Wanted
 from u2a.evaluation.refusal import is_refusal
 from u2a.evaluation.reward_value import answer_rewards
+from u2a.evaluation.risk import risk_bound
 from u2a.evaluation.stats import bootstrap_mean, rate_interval
 from u2a.evaluation.token_stats import token_stats
 from u2a.modeling import Policy
@@ -270,7 +271,16 @@ def _set_metrics(name: str, found: SetResult, judge: str, fallen: Collapse | Non
     if found.wanted == "comply":
         return {f"over_refusal/{name}": _metric_of(over_refusal(found.verdicts, judge, fallen))}
     rate = attack_success(found.verdicts, judge, fallen)
-    return {f"asr/{name}": _metric_of(rate), f"incoherent_rate/{name}": rate.incoherent}
+    metrics = {f"asr/{name}": _metric_of(rate), f"incoherent_rate/{name}": rate.incoherent}
+    return metrics | {f"harm_bound/{name}": _harm_bound(rate)}
+
+
+def _harm_bound(rate: SafetyRate) -> Metric:
+    """Upper bound of the risk that a harmful prompt is answered; withheld with the rate."""
+    if rate.rate.value is None:
+        return Metric(value=None, n=rate.rate.n, note="withheld with the rate")
+    bound = risk_bound(rate.rate.values, used_ids=(), binary=True)  # sets hold no prompt that was trained on
+    return Metric(value=bound.upper, n=bound.n, note=f"with probability {1 - bound.delta:g}; {bound.caveat}")
 
 
 def _metric_of(rate: SafetyRate) -> Metric:

@@ -17,6 +17,8 @@ from u2a.record import derive_seed
 from u2a.solution import Solution
 from u2a.types import Agreement, Contrast, EvalTable, Metric, Partition, RewardCard, Sample
 
+EQUAL_PPL = "_equal_ppl"  # ends the name of an arm whose change is scaled to the common utility budget
+
 
 def build_table(
     arms: Mapping[str, ArmResult],
@@ -42,10 +44,8 @@ def build_table(
     groups = item_groups(partition)
     arms = _with_controlled_reward(arms, groups, section.bootstrap, derive_seed(seed, "bootstrap"))
     contrasts: list[Contrast] = []
-    if SOLUTION in arms:
-        others = sorted((name for name in arms if name != SOLUTION), key=lambda name: name != BEFORE)
-        for other in others:
-            contrasts += contrasts_of(arms[SOLUTION], arms[other], (SOLUTION, other), groups, (section.bootstrap, seed))
+    for one, other in _pairs_of(list(arms)):
+        contrasts += contrasts_of(arms[one], arms[other], (one, other), groups, (section.bootstrap, seed))
     by_id = {pair.id: pair for pair in partition.evaluation}
     ids = dict.fromkeys(key for arm in arms.values() for key in arm.answers)
     samples = tuple(
@@ -68,6 +68,17 @@ def build_table(
         collapsed=collapsed,
         verdict=verdict(contrasts, solution, collapsed.get(SOLUTION)),
     )
+
+
+def _pairs_of(arms: list[str]) -> list[tuple[str, str]]:
+    """Which arms are compared: the solution with every other, those at equal utility among themselves."""
+    pairs = []
+    for suffix in ("", EQUAL_PPL):
+        first = SOLUTION + suffix
+        if first in arms:
+            same = [name for name in arms if name != first and name.endswith(EQUAL_PPL) == bool(suffix)]
+            pairs += [(first, other) for other in sorted(same, key=lambda name: name != BEFORE)]
+    return pairs
 
 
 def contrasts_of(
