@@ -17,6 +17,7 @@ from machine import machine
 
 from u2a.bilevel.select import fold_statistics, spearman
 from u2a.record import write_whole
+from u2a.run_records import RunRecords
 from u2a.solution import ScoreTable
 
 DRAWS = 200
@@ -63,10 +64,12 @@ def curve(table: ScoreTable, seed: int = 0) -> list[dict[str, object]]:
 def main() -> None:
     """Print the curve of one run as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run with scores.json")
+    parser.add_argument("run", type=Path, help="folder of a run that has scored its candidates")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     args = parser.parse_args()
-    table = ScoreTable.load(args.run / "scores.json")
+    table = RunRecords.load(args.run).last_scores
+    if table is None:
+        sys.exit(f"{args.run}: not scored yet (run u2a score or u2a run first)")
     found = {
         "objective": table.objective,
         "loss": table.loss,

@@ -1,0 +1,104 @@
+"""Near-duplicate texts: Jaccard similarity of word 3-shingles of at least 0.9, found exactly.
+
+Two sets that similar share one of their rarest shingles, so only texts that meet in an index of these are compared.
+The result is that of comparing all pairs, without the misses and the random seed of MinHash.
+
+Source: Bayardo, Ma & Srikant (2007), "Scaling up all pairs similarity search" (prefix and size filters).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from u2a.data import fold
+
+PARTS, OF = 9, 10  # the threshold 0.9 in whole numbers, so that no rounding decides
+
+_UNSPACED = re.compile(r"([\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff])")  # scripts written without spaces
+_WORD = re.compile(r"\w+")
+
+Shingle = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What of a prompt with its answers is compared.
+
+    Attributes:
+        prompt_key: equal for equal prompts.
+        answers: shingles of the answers.
+        whole: shingles of prompt and answers.
+    """
+
+    prompt_key: str
+    answers: frozenset[Shingle]
+    whole: frozenset[Shingle]
+
+
+def fingerprint(prompt_key: str, prompt: str, answers: Sequence[str]) -> Fingerprint:
+    """Cut a prompt and its answers into shingles of three words; case, spacing and punctuation do not count.
+
+    Args:
+        prompt_key: id of the prompt.
+        prompt: its text.
+        answers: one answer, or the chosen and the rejected one (which are told apart).
+
+    Returns:
+        The fingerprint. A text of fewer than three words has one shingle, a text without words none.
+    """
+    parts = frozenset(shingle for slot, answer in enumerate(answers) for shingle in _shingles(slot, answer))
+    return Fingerprint(prompt_key, parts, parts | frozenset(_shingles(0, prompt)))
+
+
+def _shingles(slot: int, text: str) -> list[Shingle]:
+    words = _WORD.findall(_UNSPACED.sub(r" \1 ", fold(text)))
+    return [(slot, *words[i : i + 3]) for i in range(max(1, len(words) - 2))] if words else []
+
+
+def alike(first: Fingerprint, second: Fingerprint) -> bool:
+    """Tell whether two texts are near-duplicates; under one prompt the answers alone are compared.
+
+    Args:
+        first: one text.
+        second: another one.
+
+    Returns:
+        True when the Jaccard similarity is at least 0.9.
+    """
+    if first.prompt_key == second.prompt_key and not _similar(first.answers, second.answers):
+        return False
+    return _similar(first.whole, second.whole)
+
+
+def _similar(first: frozenset[Shingle], second: frozenset[Shingle]) -> bool:
+    shared = len(first & second)
+    return shared > 0 and OF * shared >= PARTS * (len(first) + len(second) - shared)
+
+
+def near_labels(texts: Sequence[Fingerprint], labels: Sequence[int]) -> list[int]:
+    """Find for every text which labels stand on its near-duplicates.
+
+    Args:
+        texts: fingerprints of distinct texts.
+        labels: one bit mask per text, for example of the sets it stands in.
+
+    Returns:
+        Per text the union of the masks of all other texts that are near-duplicates of it; 0 without any.
+    """
+    frequency = Counter(shingle for text in texts for shingle in text.whole)
+    index: dict[Shingle, list[int]] = defaultdict(list)
+    found = [0] * len(texts)
+    for i in sorted(range(len(texts)), key=lambda i: len(texts[i].whole)):
+        size = len(texts[i].whole)
+        rare = sorted(texts[i].whole, key=lambda shingle: (frequency[shingle], shingle))
+        for shingle in rare[: size - -(-PARTS * size // OF) + 1]:
+            for j in index[shingle]:
+                news = labels[j] & ~found[i] or labels[i] & ~found[j]
+                if news and OF * len(texts[j].whole) >= PARTS * size and alike(texts[i], texts[j]):
+                    found[i] |= labels[j]
+                    found[j] |= labels[i]
+            index[shingle].append(i)
+    return found

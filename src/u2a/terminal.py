@@ -1,0 +1,51 @@
+"""Text that comes from files, made safe to print: nothing in it can move the cursor, change colours or hide."""
+
+from __future__ import annotations
+
+import os
+from typing import TextIO
+
+
+def escaped(text: str, keep: str = "") -> str:
+    r"""Return a text in which every character that prints nothing visible is written as a backslash escape.
+
+    These are control and format characters (escape sequences, text direction marks, zero-width joiners), odd
+    spaces, line separators, lone surrogates and unassigned code points.
+
+    Args:
+        text: any text.
+        keep: characters left as they are, for example ``"\n"``.
+
+    Returns:
+        The text; characters of any script stay readable.
+
+    >>> escaped("red: \x1b[31m, tab:\t, é")
+    'red: \\x1b[31m, tab:\\t, é'
+    """
+    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
+
+
+def encodable(text: str, stream: TextIO) -> str:
+    """Return a text with what a stream cannot encode written as backslash escapes.
+
+    Args:
+        text: any text.
+        stream: where it will be printed.
+
+    Returns:
+        A text that ``stream`` takes without an error.
+    """
+    encoding = stream.encoding or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Tell whether a stream shows colours: a terminal that is not dumb, and ``NO_COLOR`` is not set.
+
+    Args:
+        stream: where will be printed.
+
+    Returns:
+        True for colours. Source: no-color.org (any value but the empty one turns colours off).
+    """
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
