@@ -21,7 +21,10 @@ DATA = ("saferlhf", "ultrafeedback", "halueval")
 
 
 def test_every_model_of_the_paper_meets_every_data_set() -> None:
-    wanted = {f"{model}-{data}" for model in MODELS for data in DATA} | {"saferlhf-smollm2"}
+    wanted = {f"{model}-{data}" for model in MODELS for data in DATA} | {
+        "saferlhf-smollm2",
+        "saferlhf-evaluation-smollm2",
+    }
     assert {path.stem for path in FILES} == wanted
 
 

@@ -34,7 +34,7 @@ from u2a.evaluation.win_rate import RewardPairJudge
 from u2a.jsonl_cache import JsonlCache
 from u2a.model_loading import load_model
 from u2a.modeling import Params, Policy
-from u2a.pipeline import SOLUTION_ARM, TRAINED_HERE, Pipeline
+from u2a.pipeline import NOT_UNLEARNED, SOLUTION_ARM, TRAINED_HERE, Pipeline
 from u2a.record import derive_seed
 from u2a.reward.analysis import build_reward_model, split_reward_pairs
 from u2a.reward.base import RewardModel, prompt_text
@@ -160,8 +160,8 @@ class EvaluationStage:
         """Measure one arm, as it is or at equal utility, or read its measurement back."""
         pipeline, config = self._pipeline, self._config
         name = ("after" if arm == SOLUTION_ARM else arm) + ("" if equal_ppl_frac is None else EQUAL_PPL)
-        weights = {} if arm in ("before", "base", "retrain") else pipeline.arm_weights(arm)
-        source = pipeline.arm_key(arm, weights) if weights else arm if arm in ("base", "retrain") else "before"
+        weights = {} if arm == "before" else pipeline.arm_weights(arm)
+        source = pipeline.arm_key(arm, weights) if weights else arm if arm in NOT_UNLEARNED else "before"
         left_out = {"controls", "samples_shown", "equal_ppl_frac"}
         options = config.evaluation.model_dump(mode="json", exclude=left_out)
         names = ("eval_model", "eval_name_or_path", "second_model", "second_name_or_path")

@@ -38,6 +38,7 @@ from u2a.unlearn import InnerProblem, InnerSolver
 
 SOLUTION_ARM = "u2a"
 TRAINED_HERE = ("embedding", "language_model", "implicit")  # reward models that are fitted on the run's own pairs
+NOT_UNLEARNED = ("base", "retrain")  # arms that are other models
 PROBE_PROMPTS = 8  # answered once per round of selection
 
 
@@ -266,11 +267,11 @@ class Pipeline:
             arm: ``u2a`` or a name of ``evaluation.controls``.
 
         Returns:
-            Weights by id, empty when nothing is unlearned, or None for ``retrain`` (which unlearns nothing).
+            Weights by id, empty when nothing is unlearned, or None for ``base`` and ``retrain``, which unlearn nothing.
         """
         weights = self.solution().weights
         k = len(weights)
-        if arm == "retrain":
+        if arm in NOT_UNLEARNED:
             return None
         if arm == SOLUTION_ARM or k == 0:
             return weights
@@ -376,6 +377,6 @@ def arms_of(config: RunConfig) -> Sequence[str]:
         config: options.
 
     Returns:
-        ``u2a`` and the controls, without ``retrain``.
+        ``u2a`` and the controls, without ``base`` and ``retrain``.
     """
-    return [SOLUTION_ARM, *(arm for arm in config.evaluation.controls if arm != "retrain")]
+    return [SOLUTION_ARM, *(arm for arm in config.evaluation.controls if arm not in NOT_UNLEARNED)]

@@ -82,6 +82,18 @@ def test_prompt_sets_and_forgetting_stand_beside_the_other_metrics(
     assert "asr/harmful" in page and METRICS["asr"].formula.split(":")[0] in page, "with its meaning"
 
 
+def test_the_base_model_is_measured_and_not_unlearned(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    finetune = {"enabled": True, "epochs": 1, "learning_rate": 0.01}
+    partition = {"finetune_frac": 0.2, "forget_frac": 0.25, "preference_frac": 0.25, "reward_frac": 0.1}
+    options = {"finetune": finetune, "partition": {**partition, "evaluation_frac": 0.2}}
+    assert main(["run", str(tiny_config(evaluation={"controls": ["base"]}, **options)), "--quiet"]) == 0
+    table = EvalTable.load(tmp_path / "run" / "evaluation.json")
+    assert set(table.arms) == {"before", "after", "base"}
+    assert not (tmp_path / "run" / "unlearn_base.json").exists()
+    margins = {name: metrics["preference_margin"].value for name, metrics in table.arms.items()}
+    assert margins["base"] != margins["before"], "the misaligned start is another model"
+
+
 def test_rewards_give_win_rates_and_files_for_alpaca_eval(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     reward = {"model": "none", "eval_model": "none", "second_model": "none"}
     assert main(["run", str(tiny_config(reward=reward)), "--quiet"]) == 0
