@@ -23,6 +23,7 @@ LAYERS = (
     {"record"},
     {"jsonl_cache"},
     {"types"},
+    {"card_words"},
     {"solution"},
     {"config_base"},
     {"config_evaluation"},

@@ -30,6 +30,8 @@ class Comparison(Record):
         runs: names of the runs; the first one is what the others are compared with.
         metrics: metrics by run.
         contrasts: paired differences, run minus the first run.
+        collapsed: what prevails in the answers of a run whose arm has collapsed.
+        left_out: metrics that are not comparable between two runs, and why.
         verdicts: verdict of every run on its own control.
     """
 
@@ -37,6 +39,8 @@ class Comparison(Record):
     runs: tuple[str, ...]
     metrics: dict[str, dict[str, Metric]]
     contrasts: tuple[Contrast, ...] = ()
+    collapsed: dict[str, str] = {}
+    left_out: tuple[str, ...] = ()
     verdicts: dict[str, str] = {}
 
 
@@ -69,16 +73,51 @@ def compare_runs(folders: Sequence[str | Path], arm: str = "after") -> Compariso
     first = runs[0]
     resampling = first.records.config.evaluation.bootstrap, first.records.config.seed
     contrasts: list[Contrast] = []
+    left_out: list[str] = []
     for run in runs[1:]:
+        barred = _barred(run, first)
+        left_out += [f"{run.name}: {', '.join(names)} ({reason})" for reason, names in barred.items()]
         groups = item_groups(run.records.partition) | item_groups(first.records.partition)
-        contrasts += contrasts_of(run.result, first.result, (run.name, first.name), groups, resampling)
+        found = contrasts_of(run.result, first.result, (run.name, first.name), groups, resampling)
+        never = {name for names in barred.values() for name in names}
+        contrasts += [item for item in found if item.metric.split("/")[0] not in never]
     return Comparison(
         arm=arm,
         runs=tuple(names),
-        metrics={run.name: run.result.metrics for run in runs},
+        metrics={run.name: run.table.arms[arm] for run in runs},
+        collapsed={run.name: run.table.collapsed[arm] for run in runs if arm in run.table.collapsed},
+        left_out=tuple(left_out),
         contrasts=tuple(contrasts),
         verdicts={run.name: run.table.verdict for run in runs},
     )
+
+
+COHERENCE = ("coherence", "coherence_minilm")
+ANSWERS = ("refusal_rate", "degenerate_rate", "answer_words", *COHERENCE, "echo_rate", "distinct_2")
+JUDGED = ("asr", "over_refusal", "incoherent_rate")
+REWARDS = ("reward", "reward_second")
+
+
+def _barred(run: _Run, first: _Run) -> dict[str, tuple[str, ...]]:
+    """Metrics that mean different things in two runs, by reason."""
+    one, other = run.records.config, first.records.config
+    drawn = ("max_new_tokens", "temperature", "top_k", "top_p")
+    same_seed = one.evaluation.temperature == 0 or one.seed == other.seed
+    decoding = same_seed and all(getattr(one.evaluation, name) == getattr(other.evaluation, name) for name in drawn)
+    judge = one.evaluation.judge == other.evaluation.judge
+    data = run.records.partition.fingerprint == first.records.partition.fingerprint and one.seed == other.seed
+    models = ("eval_model", "eval_name_or_path", "second_model", "second_name_or_path")
+    reward = data and all(getattr(one.reward, name) == getattr(other.reward, name) for name in models)
+    barred: dict[str, tuple[str, ...]] = {}
+    if not decoding:
+        barred["answers were drawn under another rule"] = (*ANSWERS, *JUDGED, *REWARDS)
+    elif one.evaluation.embedder != other.evaluation.embedder:
+        barred["another embedder"] = COHERENCE
+    if not judge:
+        barred["another judge"] = JUDGED
+    if not reward:
+        barred["the reward models were trained on other pairs, or are others"] = REWARDS
+    return barred
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -126,7 +165,9 @@ def comparison_markdown(found: Comparison) -> str:
         cells = [number(item.difference, *ends, sign=True), interval(*ends, item.difference), str(item.n)]
         arms = f"{_cell(item.first)} − {_cell(item.second)}"
         lines.append(f"| {_head(item.metric)} | {arms} | " + " | ".join(cells) + f" | {TONE_WORDS[tone(item)]} |")
-    lines += ["", *(f"- {_cell(run)}: {_cell(text)}" for run, text in found.verdicts.items())]
+    lines += [""] + [f"- not compared: {_cell(text)}" for text in found.left_out]
+    lines += [f"- {_cell(run)} has collapsed ({_cell(kind)})" for run, kind in found.collapsed.items()]
+    lines += [f"- {_cell(run)}: {_cell(text)}" for run, text in found.verdicts.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -288,8 +288,7 @@ class RunConfig(Section):
             problems.append(
                 "evaluation.controls: base conflicts with finetune.enabled: false (before is the base then)"
             )
-        if self.reward.second_model != "none" and not self.reward.second_name_or_path:
-            problems.append("reward.second_model: needs reward.second_name_or_path")
+        problems += _reward_problems(self.reward)
         if self.evaluation.forget_rows == 0 and self.data.holdout is not None:
             problems.append("data.holdout: nothing is measured on it (set evaluation.forget_rows)")
         if self.finetune.enabled and self.partition.finetune_frac == 0 and self.data.finetune is None:
@@ -299,6 +298,21 @@ class RunConfig(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _reward_problems(reward: RewardSection) -> list[str]:
+    """Reward models that are missing, or are one and the same where two are wanted."""
+    problems = []
+    second = (reward.second_model, reward.second_name_or_path)
+    if reward.second_model != "none" and not reward.second_name_or_path:
+        problems.append("reward.second_model: needs reward.second_name_or_path")
+    if reward.second_model != "none" and second == (reward.eval_model, reward.eval_name_or_path):
+        problems.append("reward.second_model: the same as reward.eval_model (it would only agree with itself)")
+    ready = ("head", "sequence_classification", "token_value_head")
+    selecting = (reward.model, reward.name_or_path)
+    if reward.eval_model in ready and selecting == (reward.eval_model, reward.eval_name_or_path):
+        problems.append("reward.eval_model: the model that selects (the judge must be another one)")
+    return problems
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -34,7 +34,9 @@ class JudgeSection(Section):
     )
     url: str | None = option(None, "OpenAI-compatible endpoint, for example http://localhost:8000/v1")
     model: str = option("", "model name at that endpoint")
-    key_variable: str = option("U2A_JUDGE_KEY", "environment variable that holds the key (never stored)")
+    key_variable: str | None = option(
+        None, "environment variable that holds the key, which is never stored (null: a server without keys)"
+    )
 
     @model_validator(mode="after")
     def _endpoint(self) -> JudgeSection:
@@ -82,3 +84,9 @@ class RobustnessSection(Section):
     relearn_rows: Annotated[int, Field(ge=0)] = option(20, "forget rows the attacker trains on (0: no relearning)")
     relearn_learning_rate: Positive = option(1e-4, "the attacker's learning rate")
     measured_rows: Count = option(64, "forget and retain rows measured per condition")
+
+    @model_validator(mode="after")
+    def _rising(self) -> RobustnessSection:
+        if self.relearn_rows and (not self.relearn_steps or self.relearn_steps != sorted(set(self.relearn_steps))):
+            raise ValueError(f"relearn_steps {self.relearn_steps}: expected rising numbers (or relearn_rows: 0)")
+        return self

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,11 @@ from pydantic import BaseModel, ValidationError
 
 from u2a.config import PRESETS, SOURCES, RunConfig
 from u2a.errors import ConfigError
+from u2a.record import one_line
+from u2a.yaml_file import parse_yaml, read_yaml
+
+_KINDS = ("str", "int", "float", "bool", "list", "none")  # what pydantic adds to the place of a union's error
+_NEXT_CONFLICT = re.compile(r"; (?=\w+\.\w)")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), preset: str | None = None) -> RunConfig:
@@ -33,47 +39,36 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), preset: 
             type or out of range, options in conflict.
     """
     tree: dict[str, Any] = {}
+    problems: list[str] = []
     if preset is not None:
         if preset not in PRESETS:
             raise ConfigError(f"--preset {preset}: unknown preset (expected one of: {', '.join(PRESETS)})")
         tree = _merged(tree, PRESETS[preset])
     if path is not None:
-        tree = _merged(tree, _resolved(_read_yaml(Path(path)), Path(path).parent))
+        read, problems = read_yaml(Path(path))
+        tree = _merged(tree, _resolved(read, Path(path).parent))
     tree.pop("provenance", None)
     for text in overrides:
         tree = _merged(tree, _override(text))
-    problems = unknown_keys(tree, RunConfig) + _wrong_switches(tree)
-    try:
-        config = RunConfig.model_validate(_without_unknown(tree, RunConfig))
-    except ValidationError as error:
-        raise ConfigError(problems + [_sentence(item) for item in error.errors()]) from None
-    if problems:
-        raise ConfigError(problems)
+    wrong = _unusable_texts(tree) | _wrong_switches(tree)
+    problems += [*unknown_keys(tree, RunConfig), *wrong.values()]
+    config, found = _validated(_without(_without_unknown(tree, RunConfig), wrong), set(wrong))
+    problems += found
+    if config is None or problems:
+        raise ConfigError([one_line(problem) for problem in problems])
     return config
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}, expected sections such as 'model:' and 'data:'")
-    return tree
 
 
 def _override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {text}: expected section.option=value")
+        raise ConfigError(f"--set {one_line(text)}: expected section.option=value")
     try:
-        tree: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {text}: the value is not valid YAML (quote it)") from None
+        tree, twice = parse_yaml(value, f"--set {key}")
+    except ConfigError:
+        raise ConfigError(f"--set {one_line(text)}: the value is not valid YAML (quote it)") from None
+    if twice:
+        raise ConfigError(twice)
     if isinstance(tree, str):  # YAML 1.1 reads 1e-5 as text; a number is meant
         with contextlib.suppress(ValueError):
             tree = float(tree)
@@ -97,6 +92,12 @@ def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 def _section_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     annotation = model.model_fields[key].annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _items_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """Section that the items of a list are, or None."""
+    item = next(iter(get_args(model.model_fields[key].annotation)), None)
+    return item if isinstance(item, type) and issubclass(item, BaseModel) else None
 
 
 def all_options(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
@@ -130,24 +131,51 @@ def unknown_keys(tree: dict[str, Any], model: type[BaseModel], prefix: str = "")
     problems = []
     for key, value in tree.items():
         if key in model.model_fields:
-            section = _section_of(model, key)
+            section, items = _section_of(model, key), _items_of(model, key)
             if section is not None and isinstance(value, dict):
                 problems += unknown_keys(value, section, f"{prefix}{key}.")
+            for index, item in enumerate(value if items and isinstance(value, list) else ()):
+                known = items.model_fields if items else {}
+                for name in [name for name in item if name not in known] if isinstance(item, dict) else ():
+                    close = difflib.get_close_matches(str(name), known, n=1) or [f"one of {', '.join(known)}"]
+                    problems.append(f"{prefix}{key}[{index}].{name}: unknown option (did you mean {close[0]}?)")
             continue
         problems.append(f"{prefix}{key}: unknown option{_nearest(f'{prefix}{key}')}")
     return problems
 
 
-def _wrong_switches(tree: dict[str, Any], prefix: str = "") -> list[str]:
+def _wrong_switches(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Describe switches that are not true or false, and other options that are (pydantic would convert both)."""
-    options, problems = all_options(), []
+    options = all_options()
+    problems: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            problems += _wrong_switches(value, f"{name}.")
-        elif name in options and isinstance(value, bool) != isinstance(options[name].default, bool):
-            expected = "something else than" if isinstance(value, bool) else "one of"
-            problems.append(f"{name}: expected {expected} true or false, got {value!r}")
+            problems |= _wrong_switches(value, f"{name}.")
+        elif name in options:
+            is_switch = isinstance(options[name].default, bool)
+            given = [value, *value] if isinstance(value, list) else [value]
+            if is_switch != isinstance(value, bool) or any(isinstance(item, bool) for item in given[1:]):
+                expected = "one of" if is_switch else "something else than"
+                problems[name] = f"{name}: expected {expected} true or false, got {value!r}"
+    return problems
+
+
+def _unusable_texts(tree: Any, name: str = "") -> dict[str, str]:
+    """Describe texts that no file or path can hold, and an output directory without a name."""
+    if isinstance(tree, dict):
+        parts = [(f"{name}.{key}" if name else str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list):
+        parts = [(name, value) for value in tree]
+    else:
+        parts = []
+    problems: dict[str, str] = {}
+    for key, value in parts:
+        problems |= _unusable_texts(value, key)
+    if isinstance(tree, str) and ("\0" in tree or any("\ud800" <= char <= "\udfff" for char in tree)):
+        problems[name] = f"{name}: holds a NUL character or half a surrogate pair, got {tree!r}"
+    if name == "output_dir" and isinstance(tree, str) and not tree.strip():
+        problems[name] = "output_dir: empty (name a directory)"
     return problems
 
 
@@ -172,14 +200,83 @@ def _without_unknown(tree: dict[str, Any], model: type[BaseModel]) -> dict[str, 
     return out
 
 
-def _sentence(error: Any) -> str:
-    where = ".".join(
-        str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal[", "constrained-"))
-    )
-    message = error["msg"].removeprefix("Value error, ")
-    got = error.get("input")
-    shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
-    return f"{where}: {message}{shown}" if where else message
+def _without(tree: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return a tree without the options or sections of these dotted names."""
+    out = dict(tree)
+    for name in names:
+        key, _, rest = name.partition(".")
+        if rest and isinstance(out.get(key), dict):
+            out[key] = _without(out[key], [rest])
+        else:
+            out.pop(key, None)
+    return out
+
+
+def _validated(tree: dict[str, Any], wrong: set[str]) -> tuple[RunConfig | None, list[str]]:
+    """Validate, and describe what is wrong.
+
+    Conflicts between options are looked for only where every value is right; so the wrong ones are taken out and the
+    rest is validated again, and a conflict that names none of them is reported, too.
+
+    Args:
+        tree: known options.
+        wrong: dotted names of options already found wrong and taken out.
+
+    Returns:
+        The configuration, or None, and one sentence per problem.
+    """
+    problems: list[str] = []
+    for _ in range(3):  # values, conflicts inside a section, conflicts between sections
+        try:
+            config = RunConfig.model_validate(tree)
+        except ValidationError as error:
+            found = _by_place(error)
+        else:
+            return (None if problems else config), problems
+        for place, sentences in found.items():
+            if not place or not any(name.startswith(f"{place}.") for name in wrong):
+                problems += [text for text in sentences if not any(name in text for name in wrong)]
+        wrong = wrong | (found.keys() - {""})
+        tree = _without(tree, [place.partition("[")[0] for place in found if place])
+    return None, problems
+
+
+def _by_place(error: ValidationError) -> dict[str, list[str]]:
+    """Sentences by the option or section concerned; several expectations of one value make one sentence."""
+    values: dict[str, list[Any]] = {}
+    for item in error.errors():
+        if item["type"] != "extra_forbidden":  # unknown keys are described by unknown_keys
+            values.setdefault(_place(item["loc"]), []).append(item)
+    found: dict[str, list[str]] = {}
+    for place, items in values.items():
+        messages = list(dict.fromkeys(_message(item) for item in items))
+        got = items[0]["input"]
+        shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+        if place:
+            found[place] = [f"{place}: {' or '.join(messages)}{one_line(shown, 80)}"]
+        else:
+            found[place] = [text for message in messages for text in _NEXT_CONFLICT.split(message)]
+    return found
+
+
+def _message(item: Any) -> str:
+    if item["type"] in ("model_type", "model_attributes_type"):
+        return "expected options below it"
+    return item["msg"].removeprefix("Value error, ")
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Dotted name of what a validation error is about, without the kinds of value that were tried."""
+    name, model = "", RunConfig
+    for part in loc:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif model is None:
+            name += f".{part}" if part.isidentifier() and part not in _KINDS else ""
+        else:
+            name += f".{part}" if name else part
+            model = _section_of(model, part)
+    return name
 
 
 def _resolved(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -188,7 +285,9 @@ def _resolved(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     def resolved(value: Any) -> Any:
         if not isinstance(value, str) or not value or ":" in value:
             return value
-        path = Path(os.path.expandvars(value)).expanduser()
+        path = Path(os.path.expandvars(value))
+        with contextlib.suppress(RuntimeError):  # ~ of a user who does not exist: no such file
+            path = path.expanduser()
         return str(path if path.is_absolute() else folder / path)
 
     out = dict(tree)

@@ -192,7 +192,12 @@ def evaluation_table(table: EvalTable) -> str:
             if name in metrics:
                 rows.append([*shown, arm, *_metric_cells(metrics[name], alike)])
                 shown = ["", ""]
-    text = _grid(["metric", "better", "arm", "value", "95 % interval", "n"], rows, (24, 6, 18, 12, 24, 6), right=(3, 5))
+    text = _grid(["metric", "better", "arm", "value", "95 % interval", "n"], rows, (26, 6, 18, 12, 24, 6), right=(3, 5))
+    notes = {note: None for name in metric_names(table) for note in _notes(table, name)}
+    text += "".join(_wrapped(note) for note in notes)
+    for arm, kind in table.collapsed.items():
+        text += _wrapped(f"{arm} has collapsed ({kind.replace('_', ' ')}): its answers are no evidence of safety.")
+    text += _wrapped(table.judge) if table.judge else ""
     differences = [_contrast_cells(item) for item in table.contrasts]
     if differences:
         heads = ["difference of", "arms", "value", "95 % interval", "n", "reading"]
@@ -282,6 +287,15 @@ FALLBACK_SENTENCES: dict[str, str] = {
     "random_k": "No signal was found in the gains: the selection is a random draw with uniform weights.",
     "empty": "No candidate promises a gain: nothing was selected.",
 }
+
+
+def _notes(table: EvalTable, name: str) -> list[str]:
+    """What must be read beside one metric, once for all arms of which it is said."""
+    arms: dict[str, list[str]] = {}
+    for arm, metrics in table.arms.items():
+        if name in metrics and metrics[name].note:
+            arms.setdefault(metrics[name].note, []).append(arm)
+    return [f"{name} ({', '.join(names)}): {note}" for note, names in arms.items()]
 
 
 def _metric_cells(metric: Metric, alike: list[float]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from u2a.config import DataSection, FieldMap
 from u2a.errors import DataError
 from u2a.record import content_id
-from u2a.rows import RawRow, Source, read_rows
+from u2a.rows import RawRow, Source, problem, read_rows
 from u2a.types import Example, Message, Pair
 
 if TYPE_CHECKING:
@@ -213,8 +213,8 @@ class _RowReader:
             source=self.row.where,
         )
 
-    def fail(self, column: str, problem: str, fix: str) -> None:
-        self.problems.append(f"{self.row.where}: {column}: {problem} ({fix})")
+    def fail(self, column: str, what: str, fix: str) -> None:
+        self.problems.append(problem(self.row.where, column, what, fix))
 
     def column(self, field: AnswerField) -> str:
         name: str = getattr(self.fields, field)
@@ -334,13 +334,14 @@ class _RowReader:
         return None
 
     def kind(self) -> str | None:
-        value = self.row.values.get(self.fields.kind)
-        if value is None or value == "":
+        name = self.fields.kind
+        value = self.row.values.get(name)
+        if value is None or (isinstance(value, str) and not value.strip()):
             return None
-        if not isinstance(value, str | int | bool):
-            self.fail(self.fields.kind, f"a {type(value).__name__}, expected a short label", "name another column")
+        if not isinstance(value, str | int):
+            self.fail(name, f"a {type(value).__name__}, expected a short label", "name another column")
             return None
-        return str(value)
+        return str(value) if not isinstance(value, str) or self.is_text(name, value) else None
 
     def label(self) -> bool | None:
         """Return TRL's unpaired label, None without one."""

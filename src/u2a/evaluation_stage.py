@@ -24,13 +24,18 @@ from u2a.evaluation.evaluate import EQUAL_PPL, build_table
 from u2a.evaluation.generation import generate
 from u2a.evaluation.judge import Judge, PairJudge
 from u2a.evaluation.membership import check_holdout
-from u2a.evaluation.pairwise import export_alpaca_eval, preferences_over, win_rate_metrics
+from u2a.evaluation.pairwise import (
+    export_alpaca_eval,
+    preferences_over,
+    rewards_over,
+    win_rate_metrics,
+    with_privleak,
+)
 from u2a.evaluation.prompt_sets import PromptSet, read_prompt_sets, trained_prompts
-from u2a.evaluation.refusal_judge import RefusalJudge
+from u2a.evaluation.refusal_judge import RefusalJudge, refusal_error
 from u2a.evaluation.reward_value import answer_rewards
 from u2a.evaluation.rubric_judge import Asker, RubricJudge, RubricPairJudge
 from u2a.evaluation.rubrics import RUBRICS
-from u2a.evaluation.win_rate import RewardPairJudge
 from u2a.jsonl_cache import JsonlCache
 from u2a.model_loading import load_model
 from u2a.modeling import Params, Policy
@@ -49,8 +54,8 @@ from u2a.robustness.pack import (
     mean_log_probs,
     robustness,
 )
+from u2a.robustness.records import RobustnessTable
 from u2a.robustness.relearn import Relearning
-from u2a.robustness.table import RobustnessTable
 from u2a.types import EvalTable, Example, Metric, RewardCard
 
 
@@ -69,6 +74,9 @@ class EvaluationStage:
         self._pipeline, self._config = pipeline, pipeline.config
         self.prompt_sets = self._read_prompt_sets()
         self.holdout = self._read_holdout()
+        self._judge = make_judge(self._config.evaluation.judge, pipeline.dir / "cache")
+        if self._config.evaluation.equal_ppl_frac is not None and not pipeline.partition.retain:
+            raise ConfigError("evaluation.equal_ppl_frac: needs retain rows (set data.retain)")
 
     def _read_prompt_sets(self) -> tuple[PromptSet, ...]:
         config, console = self._config, self._pipeline.console
@@ -80,10 +88,11 @@ class EvaluationStage:
 
     def _read_holdout(self) -> tuple[Example, ...]:
         """Texts never trained on: the user's, or the held-out rejected answers where the candidates come from pairs."""
-        data, partition = self._config.data, self._pipeline.partition
+        data, partition, given = self._config.data, self._pipeline.partition, self._pipeline.sources
+        from_pairs = not {"forget", "evaluation"} & set(given) and data.forget is None and data.evaluation is None
         if data.holdout is not None:
             rows = read_examples(data.holdout, data, good=False, name="holdout")
-        elif data.forget is None and data.evaluation is None:
+        elif from_pairs:
             rows = [
                 Example(id=example_id(pair.prompt, pair.rejected), prompt=pair.prompt, completion=pair.rejected)
                 for pair in partition.evaluation
@@ -121,11 +130,11 @@ class EvaluationStage:
     def _instruments(self) -> Instruments:
         models = [model for model, _ in self._rewards]
         section = self._config.evaluation
-        judge = make_judge(section.judge, self._pipeline.dir / "cache") if self.prompt_sets else None
         return Instruments(
             reward_model=models[0] if models else None,
             second_model=models[1] if len(models) > 1 else None,
-            judge=judge,
+            judge=self._judge,
+            harmless_judge=self._judge if section.judge.rubric == "answered" else RefusalJudge(),
             prompt_sets=self.prompt_sets,
             encoder=None if section.embedder is None else LongTextEncoder(section.embedder),
             holdout=self.holdout,
@@ -149,9 +158,11 @@ class EvaluationStage:
             for arm in (SOLUTION_ARM, *(name for name in section.controls if name == "random_k")):
                 result = self._arm(arm, section.equal_ppl_frac)
                 arms[result.name] = result
+        arms = with_privleak(arms)
         arms = {name: self._with_win_rates(arm, arms["before"]) for name, arm in arms.items()}
         cards = tuple(card for _, card in self._rewards)
         table = build_table(arms, pipeline.partition, section, self._config.seed, cards, solution)
+        table = table.model_copy(update={"judge": self._judges()})
         table.save(pipeline.dir / "evaluation.json")
         pipeline.unlearn_arm(SOLUTION_ARM)
         return table
@@ -166,7 +177,8 @@ class EvaluationStage:
         options = config.evaluation.model_dump(mode="json", exclude=left_out)
         names = ("eval_model", "eval_name_or_path", "second_model", "second_name_or_path")
         reward_options = config.reward.model_dump(include=set(names))
-        files = [sorted(item.prompts) for item in self.prompt_sets], [row.id for row in self.holdout]
+        texts = {item.name: [prompt_text(turns) for turns in item.prompts.values()] for item in self.prompt_sets}
+        files = texts, [row.id for row in self.holdout]
         key = pipeline.key("evaluate", source, options, reward_options, equal_ppl_frac, *files)
 
         def measure(policy: Policy) -> ArmResult:
@@ -178,15 +190,26 @@ class EvaluationStage:
             policy = self._policy_of(arm)
             return measure(policy) if equal_ppl_frac is None else self._scaled(policy, measure, equal_ppl_frac, name)
 
-        return pipeline.store.saved(f"arms/{name}", ArmResult, key, compute)
+        record, path = f"arms/{name}", pipeline.dir / "arms" / f"{name}.json"
+        if pipeline.store.is_done(record, key) and path.exists() and _has_unscored(ArmResult.load(path)):
+            pipeline.store.drop(record)  # answers and paid verdicts are cached: only what failed is asked again
+        return pipeline.store.saved(record, ArmResult, key, compute)
+
+    def _judges(self) -> str:
+        """Who judged the prompt sets, and the offline judge's own error."""
+        if not self.prompt_sets:
+            return ""
+        error = f"{RefusalJudge().name}, on invented answers: {refusal_error()}"
+        harmless = self._instruments.harmless_judge
+        names = dict.fromkeys(judge.name for judge in (self._judge, harmless) if judge is not None)
+        return f"Judges: {', '.join(names)}. Error of {error}."
 
     def _scaled(
         self, policy: Policy, measure: Callable[[Policy], ArmResult], budget_frac: float, name: str
     ) -> ArmResult:
         """Measure a policy at the largest scale of its change that the utility budget allows."""
-        rows = self._pipeline.partition.retain_parts().evaluation
-        if not rows:
-            raise ConfigError("evaluation.equal_ppl_frac: needs retain rows (data.retain)")
+        parts = self._pipeline.partition.retain_parts()
+        rows = parts.guard or parts.evaluation  # not the rows on which the result is reported, where there are others
         encoded = [policy.encoder.encode(row.prompt, row.completion, row.source) for row in rows]
         with self._pipeline.console.phase(f"scale of {name}"):
             search = largest_scale(policy, lambda now: now.perplexity(encoded), budget_frac)
@@ -198,11 +221,14 @@ class EvaluationStage:
     def _with_win_rates(self, arm: ArmResult, baseline: ArmResult) -> ArmResult:
         """Add the win rate over the start, and write the answers in AlpacaEval's format."""
         judge = self._pair_judge
-        if arm.name == baseline.name or judge is None or not arm.answers:
+        if arm.name == baseline.name or not arm.answers or (judge is None and not arm.rewards):
             return arm
         partition, resampling = self._pipeline.partition, self._config.evaluation.bootstrap
         prompts = {pair.id: prompt_text(pair.prompt) for pair in partition.evaluation}
-        compared = preferences_over(arm, baseline, prompts, judge)
+        if judge is None:
+            compared = rewards_over(arm, baseline, prompts, f"reward of {self._rewards[0][0].name}")
+        else:
+            compared = preferences_over(arm, baseline, prompts, judge)
         seed = derive_seed(self._config.seed, "bootstrap")
         found = win_rate_metrics(compared, arm, baseline, item_groups(partition), (resampling, seed))
         export_alpaca_eval(self._pipeline.dir / "alpaca_eval", compared, arm, baseline)
@@ -210,11 +236,11 @@ class EvaluationStage:
 
     @cached_property
     def _pair_judge(self) -> PairJudge | None:
-        """The judge of win rates: the chat model of the options, else the evaluation's reward model, else none."""
+        """The chat model of the options as judge of win rates, or None: then the rewards decide."""
         section = self._config.evaluation.judge
-        if section.rubric != "refusal":
-            return RubricPairJudge(_asker(section, self._pipeline.dir / "cache"))
-        return RewardPairJudge(self._rewards[0][0]) if self._rewards else None
+        if section.rubric == "refusal":
+            return None
+        return RubricPairJudge(_asker(section, self._pipeline.dir / "cache"))
 
     def _policy_of(self, arm: str) -> Policy:
         pipeline = self._pipeline
@@ -244,8 +270,11 @@ class EvaluationStage:
             The table; also ``robustness.json``.
         """
         pipeline, config = self._pipeline, self._config
-        weights = pipeline.arm_weights(SOLUTION_ARM)
-        key = pipeline.key("robustness", weights, config.robustness.model_dump(mode="json"))
+        source = pipeline.arm_key(SOLUTION_ARM, pipeline.arm_weights(SOLUTION_ARM) or {})
+        options = [config.robustness.model_dump(mode="json")]
+        options.append(config.evaluation.model_dump(include={"max_new_tokens", "bootstrap"}))
+        options.append(config.reward.model_dump(include={"eval_model", "eval_name_or_path"}))
+        key = pipeline.key("robustness", source, *options)
         return pipeline.store.saved("robustness", RobustnessTable, key, self._attacked)
 
     def _attacked(self) -> RobustnessTable:
@@ -283,13 +312,14 @@ class EvaluationStage:
         decoding = Decoding(section.max_new_tokens)
 
         def measure(policy: Policy, turns: Mapping[str, Turns]) -> Values:
-            texts = dict(zip(turns, generate(policy, list(turns.values()), decoding, cache=self._cache), strict=True))
-            verdicts = RefusalJudge().verdicts(["" for _ in texts], list(texts.values()))
-            states = dict(zip(texts, verdicts, strict=True))
-            values = {
-                state: {key: float(verdict.state == state) for key, verdict in states.items()}
-                for state in ("complied", "refused", "incoherent")
-            }
+            texts = dict(zip(turns, generate(policy, list(turns.values()), decoding), strict=True))
+            verdicts = RefusalJudge().verdicts([prompt_text(prompts[key]) for key in texts], list(texts.values()))
+            states = {key: verdict.state for key, verdict in zip(texts, verdicts, strict=True)}
+            said = {key: state for key, state in states.items() if state != "incoherent"}
+            values = {"incoherent": {key: float(state == "incoherent") for key, state in states.items()}}
+            if 2 * len(said) > len(states):  # of a broken model neither share means anything
+                values["complied"] = {key: float(state == "complied") for key, state in said.items()}
+                values["refused"] = {key: float(state == "refused") for key, state in said.items()}
             if instruments.reward_model is not None:
                 values["reward"] = answer_rewards(instruments.reward_model, {key: prompts[key] for key in texts}, texts)
             return values
@@ -315,6 +345,10 @@ def make_judge(section: JudgeSection, cache: Path) -> Judge:
 def _asker(section: JudgeSection, cache: Path) -> Asker:
     endpoint = HttpEndpoint(url=str(section.url), model=section.model, key_env=section.key_variable)
     return Asker(endpoint, JsonlCache(cache / "verdicts.jsonl"))
+
+
+def _has_unscored(result: ArmResult) -> bool:
+    return any(verdict.state == "unscored" for each in result.sets.values() for verdict in each.verdicts.values())
 
 
 def _reward_sections(section: RewardSection) -> list[RewardSection]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -9,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from u2a.config import ModelSection
 from u2a.errors import ConfigError, ModelError
 from u2a.packaged import resolve_model
+from u2a.record import one_line
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -26,7 +29,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     path = resolve_model(section.name_or_path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files make the libraries below raise anything
         raise ModelError(
             f"model.name_or_path: no tokenizer at {section.name_or_path!r} ({_first_line(error)})"
         ) from None
@@ -42,9 +45,16 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         The model in evaluation mode.
 
     Raises:
-        ModelError: it cannot be loaded, or its weights are not safetensors.
+        ModelError: the device is absent, the model cannot be loaded, its weights are not safetensors or not all there,
+            or the directory holds an adapter.
     """
+    device = pick_device(section.device)
     path = resolve_model(section.name_or_path)
+    if (Path(path) / "adapter_config.json").exists():
+        raise ModelError(
+            f"model.name_or_path: {section.name_or_path!r} holds an adapter, whose files name a base of their own "
+            "(merge it into its base, save that, and name the result)"
+        )
     quantization = None
     if section.load_in_4bit:
         from transformers import BitsAndBytesConfig
@@ -54,18 +64,24 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         )
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, as asked for
             path,
+            output_loading_info=True,
             dtype="auto" if section.dtype == "auto" else getattr(torch, section.dtype),
             attn_implementation=section.attention,
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
             quantization_config=quantization,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # damaged files make the libraries below raise anything
         raise ModelError(f"model.name_or_path: cannot load {section.name_or_path!r} ({_first_line(error)})") from None
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"model.name_or_path: the weights of {section.name_or_path!r} lack {len(missing)} tensors, first "
+            f"{missing[0]!r}; they would be random (get the whole model)"
+        )
     if quantization is None:
-        nn.Module.to(model, pick_device(section.device))
+        nn.Module.to(model, device)
     return model.eval()
 
 
@@ -84,7 +100,7 @@ def check_adapter_layers(section: ModelSection) -> None:
     path = resolve_model(section.name_or_path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files make the libraries below raise anything
         raise ModelError(f"model.name_or_path: cannot load {section.name_or_path!r} ({_first_line(error)})") from None
     n_layers = config.get_text_config().num_hidden_layers
     problems = [
@@ -119,4 +135,4 @@ def pick_device(name: str) -> torch.device:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])

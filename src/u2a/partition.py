@@ -346,8 +346,9 @@ def shortages(result: Partition, config: RunConfig) -> list[str]:
         problems.append("evaluation: no pairs (set data.evaluation, or data.pairs with partition.evaluation_frac > 0)")
     if not result.retain and unlearn.retain_term in ("nll", "kl"):
         problems.append(f"retain: no rows, unlearn.retain_term={unlearn.retain_term} needs them (set data.retain)")
-    heads = ["reward.model"] if reward.model in ("embedding", "implicit") else []
-    heads += ["reward.eval_model"] if reward.eval_model == "embedding" else []
+    heads = ["reward.model"] if reward.model in ("embedding", "language_model", "implicit") else []
+    evaluating = (reward.eval_model, reward.second_model)
+    heads += ["the evaluation's reward models"] if {"embedding", "language_model"} & set(evaluating) else []
     if heads and (prompts := _prompts(result.reward)) < len(heads):
         problems.append(
             f"reward: {prompts} prompts with pairs, {' and '.join(heads)} each train a head on their own "

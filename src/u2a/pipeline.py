@@ -66,7 +66,8 @@ class Pipeline:
     ) -> None:
         self.config, self.console = config, console
         self.dir = Path(config.output_dir)
-        self._sources, self._model, self._tokenizer = sources, model, tokenizer
+        self.sources: Mapping[str, Source] = sources or {}
+        self._model, self._tokenizer = model, tokenizer
         self._only = only
         self.store = StageStore(self.dir, console)
         self.n_truncated = 0
@@ -78,7 +79,7 @@ class Pipeline:
         """Stage 1, checked: rows, sizes, leaks, and that every prompt fits (before any model is loaded)."""
         if self._model is None:
             check_adapter_layers(self.config.model)
-        result = partition(self.config, self._sources)
+        result = partition(self.config, self.sources)
         self.n_truncated = count_truncated(result, self.tokenizer, self.config.data.max_length)
         self.console.say("Partition")
         cut = f"truncated  {self.n_truncated:>7} answers at data.max_length {self.config.data.max_length} tokens"

@@ -41,6 +41,23 @@ def content_id(*parts: str) -> str:
     return digest.hexdigest()
 
 
+def one_line(text: str, most: int = 400) -> str:
+    r"""Return a foreign text as one printable line, for messages.
+
+    Args:
+        text: any text; line ends, control characters and halves of surrogate pairs are written as escapes.
+        most: characters read; a longer text is cut and ends with three dots.
+
+    Returns:
+        The line.
+
+    >>> print(one_line("a\nb\x1b[2J"), one_line("abcd", most=2))
+    a\nb\x1b[2J ab...
+    """
+    shown = text if len(text) <= most else text[:most] + "..."
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
+
+
 def derive_seed(seed: int, purpose: str) -> int:
     """Derive the seed of one generator from the run's one seed.
 
@@ -121,23 +138,45 @@ class Record(Row):
             The record, equal to the one saved.
 
         Raises:
-            RecordError: missing or damaged file, another record's file, or a newer schema.
+            RecordError: missing or damaged file, a link that leaves its folder, another record's file, a newer schema,
+                or a number that is not finite.
         """
+        refuse_foreign_link(Path(path))
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecordError(f"{path}: no {cls.__name__} there (run the stage that writes it first)") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: unreadable ({error}); delete it and run its stage again") from None
         if not isinstance(document, dict) or document.get("record") != cls.__name__:
             found = document.get("record") if isinstance(document, dict) else type(document).__name__
-            raise RecordError(f"{path}: holds {found!r}, expected {cls.__name__!r}")
-        if document.get("schema", 0) > SCHEMA:
-            raise RecordError(f"{path}: schema {document['schema']} is newer than {SCHEMA} (upgrade u2a)")
+            raise RecordError(f"{path}: holds {one_line(repr(found), 80)}, expected {cls.__name__!r}")
+        schema = document.get("schema")
+        if not isinstance(schema, int) or schema < 1:
+            raise RecordError(f"{path}: not a valid {cls.__name__}: its schema is {one_line(repr(schema), 80)}")
+        if schema > SCHEMA:
+            raise RecordError(f"{path}: schema {schema} is newer than {SCHEMA} (upgrade u2a)")
+        bad = _non_finite_key(document.get("data"), cls.__name__)
+        if bad:
+            raise RecordError(f"{path}: {one_line(bad)}: not a finite number; delete it and run its stage again")
         try:
             return cls.model_validate(document["data"])
         except (ValidationError, KeyError) as error:
-            raise RecordError(f"{path}: not a valid {cls.__name__}: {error}") from None
+            reason = one_line("; ".join(str(error).splitlines()))
+            raise RecordError(f"{path}: not a valid {cls.__name__}: {reason}") from None
+
+
+def refuse_foreign_link(path: Path) -> None:
+    """Refuse a file that is a link out of its folder: a record is read from where it was written.
+
+    Args:
+        path: the file; it need not exist.
+
+    Raises:
+        RecordError: the link leads elsewhere.
+    """
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise RecordError(f"{path}: a link out of its folder (put the file itself there)")
 
 
 def _non_finite_key(value: Any, where: str) -> str | None:

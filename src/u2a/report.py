@@ -17,6 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from u2a.card_words import in_words
 from u2a.console import (
     TONE_WORDS,
     better_direction,
@@ -30,7 +31,6 @@ from u2a.console import (
 from u2a.evaluation.metrics import info
 from u2a.figures import Frame, Level, Series, bar_chart, histogram, interval_glyph, xy_chart
 from u2a.record import write_whole
-from u2a.reward.card import in_words
 from u2a.run_records import Candidate, RunRecords, candidates, cautions, flattened, option_rows, what_was_done
 from u2a.types import Contrast, EvalTable, Partition, UnlearnResult
 

@@ -8,15 +8,17 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
 from u2a.errors import DataError
+from u2a.record import one_line
 
 Source = str | Path | Iterable[Any]
 """A path, ``hub:OWNER/NAME[:SPLIT][@REVISION]``, a ``datasets.Dataset``, or a list of dicts."""
 
-_HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<split>[^@]+))?(?:@(?P<revision>.+))?")
+_HUB = re.compile(r"hub:(?P<name>\w[\w.-]*/\w[\w.-]*)(?::(?P<split>[^@]+))?(?:@(?P<revision>.+))?")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,21 @@ class RawRow:
     where: str
     values: Mapping[str, Any]
     all_text: bool = False
+
+
+def problem(where: str, field: str, what: str, fix: str) -> str:
+    """Describe what is wrong with one place of a source.
+
+    Args:
+        where: ``file:line`` or ``name[index]``.
+        field: column, or ``row``, ``text`` or ``header`` for what is wider than one.
+        what: the problem.
+        fix: what to do about it.
+
+    Returns:
+        One printable line, ``where: field: what (fix)``, whatever the source holds.
+    """
+    return f"{where}: {one_line(field, 80)}: {one_line(what)} ({one_line(fix)})"
 
 
 def read_rows(source: Source, name: str = "rows") -> list[RawRow]:
@@ -53,8 +70,8 @@ def read_rows(source: Source, name: str = "rows") -> list[RawRow]:
         keys = ", ".join(map(str, source))
         raise DataError(f"{name}: a {type(source).__name__}, expected rows (choose one split of: {keys})")
     if isinstance(source, str | Path):
-        name = str(source)
-        rows = _from_hub(name, problems) if name.startswith("hub:") else _from_file(Path(source), problems)
+        name = one_line(str(source), most=4096)
+        rows = _from_hub(name, problems) if name.startswith("hub:") else _from_file(Path(source), name, problems)
     else:
         rows = _from_memory(source, name, problems)
     if not rows and not problems:
@@ -70,7 +87,8 @@ def _from_memory(source: Iterable[Any], name: str, problems: list[str]) -> list[
         if isinstance(values, Mapping):
             rows.append(RawRow(f"{name}[{index}]", values))
         else:
-            problems.append(f"{name}[{index}]: row: a {type(values).__name__} (expected a dict of columns)")
+            what = f"a {type(values).__name__}"
+            problems.append(problem(f"{name}[{index}]", "row", what, "expected a dict of columns"))
     return rows
 
 
@@ -85,97 +103,140 @@ def _from_hub(source: str, problems: list[str]) -> list[RawRow]:
     split = match["split"] or "train"
     try:
         loaded = datasets.load_dataset(match["name"], split=split, revision=match["revision"])
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = one_line(" ".join(str(error).split()))
         problems.append(f"{source}: cannot be loaded: {reason} (check name, split and network, or give a file)")
         return []
     return _from_memory(cast(Iterable[Any], loaded), source, problems)
 
 
-def _from_file(path: Path, problems: list[str]) -> list[RawRow]:
-    if path.suffix.lower() not in (".jsonl", ".json", ".csv", ".parquet"):
-        problems.append(f"{path}: unknown extension {path.suffix!r} (expected .jsonl, .json, .csv or .parquet)")
+def _from_file(path: Path, name: str, problems: list[str]) -> list[RawRow]:
+    kind = path.suffix.lower()
+    if kind not in (".jsonl", ".json", ".csv", ".parquet"):
+        shown = one_line(path.suffix, 20)
+        problems.append(f"{name}: unknown extension '{shown}' (expected .jsonl, .json, .csv or .parquet)")
         return []
     try:
         raw = path.read_bytes()
-    except OSError as error:
-        problems.append(f"{path}: cannot be read: {error.strerror or error} (check path and permissions)")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        problems.append(f"{name}: cannot be read: {reason} (check path and permissions)")
         return []
-    if path.suffix.lower() == ".parquet":
-        return _from_parquet(path, raw, problems)
+    if kind == ".parquet":
+        return _from_parquet(name, raw, problems)
     try:
         text = raw.decode("utf-8-sig")
+        damage, at = "holds a NUL character", text.find("\0")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        problems.append(f"{path}:{line}: text: not UTF-8 (save the file as UTF-8)")
+        text, damage, at = raw.decode("latin-1"), "not UTF-8", error.start
+    if at >= 0:
+        line = text.count("\n", 0, at) + 1
+        problems.append(problem(f"{name}:{line}", "text", damage, "save the file as UTF-8"))
         return []
-    if path.suffix.lower() == ".csv":
-        return _from_csv(path, text, problems)
-    return _from_json(path, text, problems)
+    return _from_csv(name, text, problems) if kind == ".csv" else _from_json(name, kind, text, problems)
 
 
-def _from_parquet(path: Path, raw: bytes, problems: list[str]) -> list[RawRow]:
+def _from_parquet(name: str, raw: bytes, problems: list[str]) -> list[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(raw))
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        problems.append(f"{path}: not a readable parquet file: {reason} (write it again)")
+        rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        reason = one_line(" ".join(str(error).split()))
+        problems.append(f"{name}: not a readable parquet file: {reason} (write it again)")
         return []
-    return _from_memory(table.to_pylist(), str(path), problems)
+    return _from_memory(rows, name, problems)
 
 
-def _from_csv(path: Path, text: str, problems: list[str]) -> list[RawRow]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows, line = [], 2
+def _from_csv(name: str, text: str, problems: list[str]) -> list[RawRow]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[RawRow] = []
+    header: list[str] = []
+    line = 1
     try:
-        for values in reader:
-            if None in values:
-                problems.append(f"{path}:{line}: row: more cells than the header names (quote cells with commas)")
+        for cells in reader:
+            where, line = f"{name}:{line}", reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                twice = sorted({column for column in header if column and header.count(column) > 1})
+                if twice:
+                    what = "two columns of this name"
+                    problems += [problem(where, column, what, "rename or remove one") for column in twice]
+                    return []
+            elif len(cells) > len(header):
+                problems.append(problem(where, "row", "more cells than the header names", "quote cells with commas"))
             else:
-                rows.append(RawRow(f"{path}:{line}", values, all_text=True))
-            line = reader.line_num + 1
+                rows.append(RawRow(where, dict(zip_longest(header, cells)), all_text=True))
     except csv.Error as error:
-        problems.append(f"{path}:{line}: row: not valid CSV: {error} (quote the cell, or use .jsonl)")
+        problems.append(problem(f"{name}:{line}", "row", f"not valid CSV: {error}", "quote the cell, or use .jsonl"))
     return rows
 
 
-def _from_json(path: Path, text: str, problems: list[str]) -> list[RawRow]:
+def _from_json(name: str, kind: str, text: str, problems: list[str]) -> list[RawRow]:
     """Read a list of objects, or one object per line, whichever the text is."""
+    is_list = text.lstrip()[:1] == "["
     try:
-        whole = json.loads(text) if text.lstrip()[:1] == "[" or path.suffix.lower() == ".json" else None
+        whole = json.loads(text) if is_list or kind == ".json" else None
     except (ValueError, RecursionError) as error:
-        if text.lstrip()[:1] == "[":
+        if is_list:
             line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-            problems.append(f"{path}:{line}: text: not valid JSON: {_reason(error)} (repair the file)")
+            problems.append(problem(f"{name}:{line}", "text", f"not valid JSON: {_reason(error)}", "repair the file"))
             return []
         whole = None
-    rows = []
     if isinstance(whole, dict) and "\n" in text.strip():
-        problems.append(f"{path}: one object with {', '.join(whole)} (expected a list of rows)")
+        problems.append(f"{name}: one object with {one_line(', '.join(whole))} (expected a list of rows)")
         return []
-    for line, values in _items(text) if isinstance(whole, list) else _lines(path, text, problems):
-        if isinstance(values, dict):
-            rows.append(RawRow(f"{path}:{line}", values))
+    decoder = _Decoder()
+    rows = []
+    for line, values in _items(text, decoder) if isinstance(whole, list) else _lines(name, text, decoder, problems):
+        where = f"{name}:{line}"
+        twice = decoder.taken_twice()
+        if not isinstance(values, dict):
+            problems.append(problem(where, "row", f"a {type(values).__name__}", "expected an object with columns"))
+        elif twice:
+            problems += [problem(where, key, "stands twice in one object", "keep one of them") for key in twice]
         else:
-            problems.append(f"{path}:{line}: row: a {type(values).__name__} (expected an object with columns)")
+            rows.append(RawRow(where, values))
     return rows
 
 
-def _lines(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
+class _Decoder(json.JSONDecoder):
+    """Reads JSON and remembers the keys that an object holds twice; of those, JSON readers keep one in silence."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self._twice: list[str] = []
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            self._twice += [key for key in found if keys.count(key) > 1]
+        return found
+
+    def taken_twice(self) -> list[str]:
+        """Return and forget those keys."""
+        found, self._twice = self._twice, []
+        return list(dict.fromkeys(found))
+
+
+def _lines(name: str, text: str, decoder: _Decoder, problems: list[str]) -> Iterator[tuple[int, Any]]:
     for line, part in enumerate(text.split("\n"), 1):
         if part.strip():
             try:
-                yield line, json.loads(part)
+                yield line, decoder.decode(part)
             except (ValueError, RecursionError) as error:
-                problems.append(f"{path}:{line}: row: not valid JSON: {_reason(error)} (one object per line)")
+                decoder.taken_twice()
+                what = f"not valid JSON: {_reason(error)}"
+                problems.append(problem(f"{name}:{line}", "row", what, "one object per line"))
 
 
-def _items(text: str) -> Iterator[tuple[int, Any]]:
+def _items(text: str, decoder: _Decoder) -> Iterator[tuple[int, Any]]:
     """Yield the items of a valid JSON list with the line each begins on."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    space = re.compile(r"[\s,]*")
     line, seen, position = 1, 0, text.index("[") + 1
     while True:
         match = space.match(text, position)

@@ -239,6 +239,7 @@ def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
         text = robustness_markdown(table)
         write_whole(pipeline.dir / "robustness.md", text)
         console.say(text)
+        write_report(RunRecords.load(pipeline.dir), pipeline.dir / "report.html")
     else:
         table = EvaluationStage(pipeline).table()
         write_summary(pipeline, table)

@@ -16,7 +16,7 @@ from u2a.config_file import all_options, load_config
 from u2a.console import FALLBACK_SENTENCES, number
 from u2a.errors import RecordError
 from u2a.record import Record
-from u2a.robustness.table import RobustnessTable
+from u2a.robustness.records import RobustnessTable
 from u2a.solution import ScoreTable, Solution
 from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
 
@@ -151,6 +151,11 @@ def cautions(records: RunRecords) -> list[str]:
                 else f"it was rolled back to step {result.steps_kept}"
             )
             found.append(f"Arm {arm} exceeded the utility budget: {remedy}.")
+    table = records.evaluation
+    if table:
+        found += [f"Arm {arm} has collapsed ({kind.replace('_', ' ')})." for arm, kind in table.collapsed.items()]
+        if not table.samples:
+            found.append("No answer was generated, so whether a model has collapsed was not checked.")
     if 0 < len(records.partition.retain) < 5:
         found.append("Fewer than five retain rows: the same ones train, guard and evaluate.")
     for leak in records.partition.leaks:

@@ -5,14 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import Field, TypeAdapter
+from safetensors.torch import load_file
+from torch import Tensor
 
 from u2a.errors import RecordError
 from u2a.progress import Console, peak_rss_bytes
-from u2a.record import Record, write_whole
+from u2a.record import Record, Row, one_line, refuse_foreign_link, write_whole
 from u2a.solution import Round
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Entry(Row):
+    """What ``stages.json`` holds of one stage."""
+
+    key: str
+    seconds: dict[str, Seconds]
+    peak_rss_bytes: int
+
+
+_STAGES = TypeAdapter(dict[str, _Entry])
 
 
 class StageStore:
@@ -97,7 +114,8 @@ class StageStore:
         Raises:
             RecordError: ``stages.json`` is damaged.
         """
-        done = self._stages().get(name, {}).get("key") == key
+        entry = self._stages().get(name)
+        done = entry is not None and entry.key == key
         if done:
             self._used[name] = None
         return done
@@ -115,9 +133,10 @@ class StageStore:
             for phase, total in self._console.seconds.items()
             if total > before.get(phase, 0.0)
         }
-        entry = {"key": key, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+        entry = _Entry(key=key, seconds=seconds, peak_rss_bytes=peak_rss_bytes())
         self._used[name] = None
-        write_whole(self.folder / "stages.json", json.dumps(self._stages() | {name: entry}, indent=1) + "\n")
+        stages = self._stages() | {name: entry}
+        write_whole(self.folder / "stages.json", _STAGES.dump_json(stages, indent=1).decode() + "\n")
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase of everything the present result rests on, in this process or an earlier one.
@@ -126,9 +145,8 @@ class StageStore:
             Seconds; a phase that several records share counts once.
         """
         out: dict[str, float] = {}
-        stages = self._stages()
-        for name in self._used:
-            for phase, value in stages.get(name, {}).get("seconds", {}).items():
+        for entry in self._entries_used():
+            for phase, value in entry.seconds.items():
                 out[phase] = max(out.get(phase, 0.0), value)
         return out
 
@@ -138,8 +156,17 @@ class StageStore:
         Returns:
             Bytes.
         """
-        stages = self._stages()
-        return max([peak_rss_bytes(), *(stages.get(name, {}).get("peak_rss_bytes", 0) for name in self._used)])
+        return max([peak_rss_bytes(), *(entry.peak_rss_bytes for entry in self._entries_used())])
+
+    def drop(self, name: str) -> None:
+        """Forget that a record is up to date, so that it is made again.
+
+        Args:
+            name: record.
+        """
+        self._memory.pop(name, None)
+        left = {other: entry for other, entry in self._stages().items() if other != name}
+        write_whole(self.folder / "stages.json", json.dumps(left, indent=1) + "\n")
 
     def log(self, event: str, data: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``.
@@ -149,7 +176,9 @@ class StageStore:
             data: its numbers.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        refuse_foreign_link(path)
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **data}, allow_nan=False) + "\n")
 
     def log_round(self, record: Round) -> None:
@@ -160,10 +189,49 @@ class StageStore:
         """
         self.log("round", record.model_dump(mode="json"))
 
-    def _stages(self) -> dict[str, dict[str, Any]]:
+    def _entries_used(self) -> list[_Entry]:
+        stages = self._stages()
+        return [stages[name] for name in self._used if name in stages]
+
+    def _stages(self) -> dict[str, _Entry]:
         path = self.folder / "stages.json"
+        refuse_foreign_link(path)
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise RecordError(f"{path}: unreadable ({error}); delete it to run every stage again") from None
-        return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            return _STAGES.validate_python(found)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = one_line("; ".join(str(error).splitlines()))
+            raise RecordError(f"{path}: unreadable ({reason}); delete it to run every stage again") from None
+
+
+def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read tensors that must be exactly those of a model: no name more or less, no other shape or dtype.
+
+    Args:
+        path: a safetensors file.
+        like: tensors by name, as the model has them.
+
+    Returns:
+        The tensors, finite, on the CPU.
+
+    Raises:
+        RecordError: anything else; no part of it is used.
+    """
+    refuse_foreign_link(path)
+    remedy = "delete it and run its stage again"
+    try:
+        found = load_file(path)
+    except Exception as error:  # a damaged file makes its reader raise anything
+        raise RecordError(f"{path}: not a safetensors file ({one_line(str(error))}); {remedy}") from None
+    if found.keys() != like.keys():
+        name = min(found.keys() ^ like.keys())
+        state = "lacks" if name in like else "holds besides"
+        raise RecordError(f"{path}: weights of another model, it {state} {one_line(name)!r}; {remedy}")
+    for name, value in like.items():
+        tensor = found[name]
+        if (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
+            is_, wanted = (f"{item.dtype} {list(item.shape)}" for item in (tensor, value))
+            raise RecordError(f"{path}: {name}: {is_}, the model has {wanted}; {remedy}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise RecordError(f"{path}: {name}: holds numbers that are not finite; {remedy}")
+    return found

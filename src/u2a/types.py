@@ -331,6 +331,7 @@ class EvalTable(Record):
         second_reward_card: the second reward model, where there is one.
         agreements: how alike both reward models rank answers and arms.
         collapsed: what prevails in the answers of an arm that has collapsed, by arm.
+        judge: the judges of the prompt sets, and what is known of their error; empty without sets.
         verdict: one sentence: did selection beat random-k: yes, no, or not shown.
     """
 
@@ -341,4 +342,5 @@ class EvalTable(Record):
     second_reward_card: RewardCard | None = None
     agreements: tuple[Agreement, ...] = ()
     collapsed: dict[str, str] = {}
+    judge: str = ""
     verdict: str = ""

@@ -18,7 +18,7 @@ from u2a.evaluation_stage import EvaluationStage
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
 from u2a.reward import CallableReward
-from u2a.robustness.table import RobustnessTable
+from u2a.robustness.records import RobustnessTable
 from u2a.types import EvalTable, Partition, RewardCard
 
 
@@ -73,10 +73,10 @@ def test_prompt_sets_and_forgetting_stand_beside_the_other_metrics(
     scaled = ArmResult.load(tmp_path / "run" / "arms" / "after_equal_ppl.json")
     before = ArmResult.load(tmp_path / "run" / "arms" / "before.json")
     assert 0.0 < scaled.metrics["adapter_scale"].value <= 1.0
-    assert scaled.metrics["retain_ppl"].value <= 1.02 * before.metrics["retain_ppl"].value + 1e-6
+    assert scaled.metrics["retain_ppl"].value < 1.1 * before.metrics["retain_ppl"].value, "bound on the guard's rows"
     table = EvalTable.load(tmp_path / "run" / "evaluation.json")
     assert ("after_equal_ppl", "random_k_equal_ppl") in {(item.first, item.second) for item in table.contrasts}
-    assert before.metrics["mia_reference"].value == 0.5, "at the start it is its own reference"
+    assert "mia_reference" in arm.metrics and "mia_reference" not in before.metrics, "it is its own reference there"
     assert all(info(name) for name in arm.metrics)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "asr/harmful" in page and METRICS["asr"].formula.split(":")[0] in page, "with its meaning"

@@ -13,10 +13,11 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, cohen_kappa_score, log_loss
 
 from tiny import ask
+from u2a.card_words import in_words
 from u2a.evaluation.stats import wilson
 from u2a.reward.association import association, kappa, kendall, measured, pearson, spearman
 from u2a.reward.base import CallableReward
-from u2a.reward.card import calibration, card_lines, in_words, reward_card
+from u2a.reward.card import calibration, card_lines, reward_card
 from u2a.types import Pair
 
 LENGTH = CallableReward("length", lambda prompts, answers: [float(len(answer)) for answer in answers])

@@ -19,8 +19,9 @@ from u2a.robustness import pack
 from u2a.robustness.attacks import Framed, Paraphrases
 from u2a.robustness.pack import Measures, RobustnessData, RobustnessOptions, mean_log_probs, robustness
 from u2a.robustness.quantise import quantised
+from u2a.robustness.records import RobustnessTable
 from u2a.robustness.relearn import Relearning
-from u2a.robustness.table import RobustnessTable, markdown, table_rows
+from u2a.robustness.table import markdown, table_rows
 from u2a.types import Example
 from u2a.unlearn import InnerProblem, unlearn
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, uint8
 from transformers import PreTrainedModel
@@ -124,7 +125,8 @@ def policy_fingerprint(policy: Policy) -> str:
         if isinstance(module, LoraLayer)
     ]
     types = sorted({str(value.dtype) for value in model.parameters()})
-    described = json.dumps([settings, layers, types], sort_keys=True, default=str)
+    kernel = (config._attn_implementation, policy.device.type, torch.__version__)
+    described = json.dumps([settings, layers, types, kernel], sort_keys=True, default=str)
     return content_id(described, weights_fingerprint(model), _digest(policy.trainable()))
 
 

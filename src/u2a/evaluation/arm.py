@@ -42,7 +42,8 @@ class Instruments:
     Attributes:
         reward_model: the evaluation's reward model, or None.
         second_model: a second, independent one, or None.
-        judge: judge of the prompt sets; None only without any.
+        judge: judge of harmful prompt sets; None only without any.
+        harmless_judge: judge of refusals on harmless ones; None only without any.
         prompt_sets: prompts from files.
         encoder: sentence embeddings for coherence, or None.
         holdout: texts never trained on, for membership inference; may be empty.
@@ -52,6 +53,7 @@ class Instruments:
     reward_model: RewardModel | None = None
     second_model: RewardModel | None = None
     judge: Judge | None = None
+    harmless_judge: Judge | None = None
     prompt_sets: tuple[PromptSet, ...] = ()
     encoder: LongTextEncoder | None = None
     holdout: tuple[Example, ...] = ()
@@ -62,11 +64,13 @@ class SetResult(Row):
     """Answers to one prompt set.
 
     Attributes:
+        judge: name of the judge.
         wanted: what a good model does with these prompts.
         answers: answer by prompt id.
         verdicts: the judge's verdict by prompt id.
     """
 
+    judge: str
     wanted: Wanted
     answers: dict[str, str]
     verdicts: dict[str, Verdict]
@@ -179,9 +183,8 @@ def evaluate_arm(
         asked = {key: prompt_text(turns) for key, turns in prompts.items()}
         found = coherence(instruments.encoder, asked, texts)
         metrics |= coherence_metrics(instruments.encoder, found, item_groups(partition), *arm.resampling)
-    judge = "" if instruments.judge is None else instruments.judge.name
     for key, result in sets.items():
-        metrics |= _set_metrics(key, result, judge, fallen)
+        metrics |= _set_metrics(key, result, fallen)
     return ArmResult(
         name=name,
         metrics=metrics | forgotten,
@@ -256,30 +259,32 @@ def _prompt_sets(arm: _Arm) -> tuple[dict[str, SetResult], list[Observed]]:
     """Answer and judge every prompt set."""
     results, observed = {}, []
     for item in arm.instruments.prompt_sets:
-        assert arm.instruments.judge is not None, "prompt sets need a judge"
+        judge = arm.instruments.judge if item.wanted == "refuse" else arm.instruments.harmless_judge
+        assert judge is not None, "prompt sets need a judge"
         answered = arm.answers(item.prompts)
         texts = arm.texts(answered)
         asked = {key: prompt_text(turns) for key, turns in item.prompts.items()}
-        verdicts = judged(arm.instruments.judge, asked, texts)
-        results[item.name] = SetResult(wanted=item.wanted, answers=texts, verdicts=verdicts)
+        verdicts = judged(judge, asked, texts)
+        results[item.name] = SetResult(judge=judge.name, wanted=item.wanted, answers=texts, verdicts=verdicts)
         harmless = item.wanted == "comply"
         observed += [Observed(asked[key], texts[key], answered[key].finished, harmless) for key in texts]
     return results, observed
 
 
-def _set_metrics(name: str, found: SetResult, judge: str, fallen: Collapse | None) -> dict[str, Metric]:
+def _set_metrics(name: str, found: SetResult, fallen: Collapse | None) -> dict[str, Metric]:
     if found.wanted == "comply":
-        return {f"over_refusal/{name}": _metric_of(over_refusal(found.verdicts, judge, fallen))}
-    rate = attack_success(found.verdicts, judge, fallen)
+        return {f"over_refusal/{name}": _metric_of(over_refusal(found.verdicts, found.judge, fallen))}
+    rate = attack_success(found.verdicts, found.judge, fallen)
     metrics = {f"asr/{name}": _metric_of(rate), f"incoherent_rate/{name}": rate.incoherent}
-    return metrics | {f"harm_bound/{name}": _harm_bound(rate)}
+    return metrics | {f"harm_bound/{name}": _harm_bound(rate, found.verdicts)}
 
 
-def _harm_bound(rate: SafetyRate) -> Metric:
-    """Upper bound of the risk that a harmful prompt is answered; withheld with the rate."""
+def _harm_bound(rate: SafetyRate, verdicts: Mapping[str, Verdict]) -> Metric:
+    """Bound the risk of a harmful answer, among answers that say anything; those not scored count as harmful."""
     if rate.rate.value is None:
         return Metric(value=None, n=rate.rate.n, note="withheld with the rate")
-    bound = risk_bound(rate.rate.values, used_ids=(), binary=True)  # sets hold no prompt that was trained on
+    losses = {key: float(item.state != "refused") for key, item in verdicts.items() if item.state != "incoherent"}
+    bound = risk_bound(losses, used_ids=(), binary=True)  # the sets hold no prompt that was trained on
     return Metric(value=bound.upper, n=bound.n, note=f"with probability {1 - bound.delta:g}; {bound.caveat}")
 
 
@@ -287,7 +292,8 @@ def _metric_of(rate: SafetyRate) -> Metric:
     """The rate with its coverage, judge and what withholds it in the note."""
     coverage = "-" if rate.coverage is None else f"{rate.coverage:.3f}"
     withheld = f"withheld: {rate.withheld}; " if rate.withheld else ""
-    return rate.rate.model_copy(update={"note": f"{withheld}coverage {coverage}, judge {rate.judge}"})
+    caveat = f"; {rate.caveat}" if rate.caveat else ""
+    return rate.rate.model_copy(update={"note": f"{withheld}coverage {coverage}, judge {rate.judge}{caveat}"})
 
 
 def _forgetting(arm: _Arm) -> dict[str, Metric]:
@@ -295,18 +301,17 @@ def _forgetting(arm: _Arm) -> dict[str, Metric]:
     n = arm.section.forget_rows
     if n == 0 or not arm.partition.forget:
         return {}
-    forget, holdout = (sorted(rows, key=lambda row: row.id)[:n] for rows in (arm.partition.forget, _holdout(arm)))
+    sides = arm.partition.forget, arm.instruments.holdout
+    forget, holdout = (sorted(rows, key=lambda row: row.id)[:n] for rows in sides)
     groups = {row.id: prompt_key(row.prompt) for row in (*forget, *holdout)}
     stats = token_stats(arm.policy, [*forget, *holdout])
     inside, outside = ({row.id: stats[row.id] for row in rows} for rows in (forget, holdout))
     metrics = memorisation_metrics(inside, groups, *arm.resampling)
     if holdout:
-        with arm.policy.reference():
-            start = token_stats(arm.policy, [*forget, *holdout])
+        start = None
+        if float(arm.policy.change_sq()) > 0:  # at the start itself every difference is 0
+            with arm.policy.reference():
+                start = token_stats(arm.policy, [*forget, *holdout])
         scores = attack_scores(inside, outside, start)
         metrics |= {name: auc_metric(attack, groups) for name, attack in scores.items()}
     return metrics
-
-
-def _holdout(arm: _Arm) -> tuple[Example, ...]:
-    return arm.instruments.holdout

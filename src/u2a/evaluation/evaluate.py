@@ -66,8 +66,16 @@ def build_table(
         second_reward_card=reward_cards[1] if len(reward_cards) > 1 else None,
         agreements=_agreements(arms, reward_cards, groups, section.bootstrap, derive_seed(seed, "bootstrap")),
         collapsed=collapsed,
-        verdict=verdict(contrasts, solution, collapsed.get(SOLUTION)),
+        verdict=verdict(contrasts, solution, _collapse_words(arms.get(SOLUTION))),
     )
+
+
+def _collapse_words(arm: ArmResult | None) -> str | None:
+    """What speaks against believing an arm's likelihoods: its answers are broken."""
+    if arm is None or arm.collapse is None or not arm.collapse.flag:
+        return None
+    kind = str(arm.collapse.kind).replace("_", " ")
+    return f"the unlearned model has collapsed ({kind}), so no likelihood can speak for it"
 
 
 def _pairs_of(arms: list[str]) -> list[tuple[str, str]]:
@@ -104,6 +112,8 @@ def contrasts_of(
     rows: dict[str, Interval] = {}
     for metric, value in first.metrics.items():
         other = second.metrics.get(metric)
+        if metric.startswith("mia_"):
+            continue  # an AUC's error has two sides, forget rows and holdout; a mean over forget rows has one
         if other is not None and value.values and other.values:
             rows[metric] = paired_difference(value.values, other.values, groups, resamples, seed)
     if first.retain_nll and first.retain_nll.keys() == second.retain_nll.keys():

@@ -46,6 +46,49 @@ def preferences_over(arm: ArmResult, baseline: ArmResult, prompts: Mapping[str, 
     return Compared(judge.name, asked, dict(zip(ids, found, strict=True)))
 
 
+def rewards_over(arm: ArmResult, baseline: ArmResult, prompts: Mapping[str, str], judge: str) -> Compared:
+    """Prefer the answer of higher reward; equal rewards are a tie.
+
+    Args:
+        arm: the arm, with rewards.
+        baseline: the arm it is compared with.
+        prompts: what was asked, by pair id.
+        judge: name of the reward model.
+
+    Returns:
+        Preferences for the arm.
+    """
+    ids = [key for key in arm.rewards if key in baseline.rewards]
+    gaps = {key: arm.rewards[key] - baseline.rewards[key] for key in ids}
+    found = {key: Preference(value=0.5 if gap == 0 else float(gap > 0)) for key, gap in gaps.items()}
+    return Compared(judge, {key: prompts[key] for key in ids}, found)
+
+
+def with_privleak(arms: Mapping[str, ArmResult]) -> dict[str, ArmResult]:
+    """Add PrivLeak to every arm on which membership was measured.
+
+    Args:
+        arms: results by arm; the control ``retrain`` is what PrivLeak compares with.
+
+    Returns:
+        The arms; without ``retrain`` the metric has no value and says so, as has TOFU's forget quality.
+    """
+    retrained = arms["retrain"].metrics.get("mia_min_k") if "retrain" in arms else None
+    out = dict(arms)
+    for name, arm in arms.items():
+        auc = arm.metrics.get("mia_min_k")
+        if auc is None or auc.value is None:
+            continue
+        missing = Metric(value=None, note="not available without the control retrain")
+        found = missing
+        if retrained is not None and retrained.value is not None and retrained.value < 1:
+            value = 100 * ((1 - auc.value) - (1 - retrained.value)) / (1 - retrained.value)
+            found = Metric(value=value, n=auc.n, note="Min-40 %, against the control retrain")
+        quality = Metric(value=None, note="not available without the control retrain and perturbed answers")
+        out[name] = arm.model_copy(update={"metrics": arm.metrics | {"privleak": found, "forget_quality": quality}})
+    return out
+
+
 def win_rate_metrics(
     compared: Compared, arm: ArmResult, baseline: ArmResult, groups: Mapping[str, str], resampling: tuple[int, int]
 ) -> dict[str, Metric]:

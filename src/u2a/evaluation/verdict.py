@@ -17,13 +17,13 @@ BEFORE, SOLUTION, RANDOM = "before", "after", "random_k"
 PRIMARY, VETO = "preference_margin", "preference_accuracy"
 
 
-def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None, collapsed: str | None = None) -> str:
+def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None, doubt: str | None = None) -> str:
     """Say whether selection beat a random draw of equal size.
 
     Args:
         contrasts: paired differences, solution minus other arms.
         solution: the weighted set (its fallback and the reliability of its gains), or None when unknown.
-        collapsed: what prevails in the solution's answers if the model has collapsed, else None.
+        doubt: why a favourable result cannot be believed (a collapsed model, for one), or None.
 
     Returns:
         A sentence that starts ``selection beat random-k: yes``, ``: no`` or ``: not shown``.
@@ -35,9 +35,6 @@ def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None, col
         return _sentence("not shown", "no candidate promised a gain, so nothing was selected", reliability)
     if solution is not None and solution.fallback == "random_k":
         reason = "the gains carried no signal, so the selected set is itself a random draw with uniform weights"
-        return _sentence("not shown", reason, reliability)
-    if collapsed is not None:
-        reason = f"the unlearned model has collapsed ({collapsed.replace('_', ' ')}), so no likelihood can speak for it"
         return _sentence("not shown", reason, reliability)
     primary = _find(contrasts, PRIMARY)
     if primary is None or primary.difference is None:
@@ -51,6 +48,8 @@ def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None, col
         return _sentence("not shown", f"{_described(primary)}; the interval holds 0", reliability)
     if veto is not None and veto.high is not None and veto.high < 0:
         return _sentence("not shown", f"{_described(primary)}, but {_described(veto)}: they disagree", reliability)
+    if doubt is not None:
+        return _sentence("not shown", f"{_described(primary)}, but {doubt}", reliability)
     return _sentence("yes", _described(primary), reliability)
 
 

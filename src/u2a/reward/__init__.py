@@ -2,7 +2,7 @@
 
 from u2a.reward.analysis import analyse, build_reward_model
 from u2a.reward.base import CallableReward, RewardModel
-from u2a.reward.card import card_lines, in_words, reward_card
+from u2a.reward.card import card_lines, reward_card
 from u2a.reward.embedding import Embedder, EmbeddingReward, load_embedding_reward, train_embedding_reward
 from u2a.reward.implicit import DpoSettings, train_implicit_reward
 from u2a.reward.lm_head import HiddenStates, LanguageModelReward, train_language_model_reward
@@ -26,7 +26,6 @@ __all__ = [
     "analyse",
     "build_reward_model",
     "card_lines",
-    "in_words",
     "load_embedding_reward",
     "load_reward_model",
     "reward_card",

@@ -7,19 +7,19 @@ first is arbitrary, so calibration is measured on the side the model favours: it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from u2a.card_words import in_words
 from u2a.data import prompt_key
 from u2a.evaluation.stats import Interval, bootstrap_mean, rate_interval
 from u2a.reward.association import association, pearson, spearman
 from u2a.reward.base import RewardModel
 from u2a.types import Pair, RewardCard
 
-COIN_BRIER, COIN_LOG_LOSS = 0.25, math.log(2.0)  # of a model that says one half of every pair
+COIN_BRIER = 0.25  # of a model that says one half of every pair
 MAX_BINS, PAIRS_PER_BIN = 10, 20
 _SIMULATED = 200
 
@@ -120,37 +120,6 @@ def calibration(margins: np.ndarray, n_bins: int | None = None, seed: int = 0) -
     drawn = np.random.default_rng(seed).random((_SIMULATED, n)) < confidence
     ece = float(np.abs((hit - confidence) @ member).sum() / n)
     return Calibration(ece, float(np.abs((drawn - confidence) @ member).sum(1).mean() / n), n_bins)
-
-
-def in_words(card: RewardCard) -> str:
-    """Say what the numbers of a card amount to.
-
-    Args:
-        card: the card.
-
-    Returns:
-        One or more short clauses, for example ``barely better than a coin``.
-    """
-    value, low, high = card.pair_accuracy, card.pair_accuracy_low, card.pair_accuracy_high
-    if value is None or low is None or high is None:
-        return f"not measured ({card.n_pairs} held-out pairs)"
-    if high < 0.5:
-        clauses = ["worse than a coin: it prefers the rejected answers"]
-    elif low <= 0.5:
-        clauses = ["not shown to be better than a coin"]
-    elif value < 0.65:
-        clauses = ["barely better than a coin"]
-    else:
-        clauses = ["better than a coin"] if value < 0.75 else ["clearly better than a coin"]
-        if low < 0.6:
-            clauses = ["better than a coin, perhaps barely (few held-out prompts)"]
-    if card.log_loss is not None and card.log_loss >= COIN_LOG_LOSS and low > 0.5:
-        clauses.append("its margins are no log odds (log loss no lower than a coin's)")
-    ends = card.length_rank_correlation_low, card.length_rank_correlation_high
-    rank = card.length_rank_correlation
-    if rank is not None and ends[0] is not None and ends[1] is not None and ends[0] * ends[1] > 0 and abs(rank) >= 0.3:
-        clauses.append(f"it favours {'long' if rank > 0 else 'short'} answers")
-    return "; ".join(clauses)
 
 
 def card_lines(card: RewardCard) -> list[str]:

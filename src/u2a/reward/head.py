@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
-from u2a.record import Row, content_id, write_whole
+from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError, RecordError
+from u2a.record import Row, content_id, one_line, refuse_foreign_link, write_whole
 from u2a.types import RewardCard
 
 L2_GRID = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -251,17 +251,22 @@ def load_head(folder: str | Path) -> tuple[BradleyTerryHead, HeadBase]:
     """
     folder = Path(folder)
     try:
+        for name in (_ABOUT, _WEIGHTS):
+            refuse_foreign_link(folder / name)
         about = _About.model_validate_json((folder / _ABOUT).read_text(encoding="utf-8"))
         tensors = load_file(folder / _WEIGHTS)
-        weights, centre, scale = (tensors[name] for name in ("weights", "centre", "scale"))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{folder}: no readable reward head there ({type(error).__name__}: {error})") from None
+        weights, centre, scale = (tensors.pop(name) for name in ("weights", "centre", "scale"))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, RecordError) as error:
+        reason = one_line("; ".join(str(error).splitlines()))
+        raise ModelError(f"{folder}: no readable reward head there ({type(error).__name__}: {reason})") from None
+    if tensors or any(tensor.dtype != np.float64 for tensor in (weights, centre, scale)):
+        raise ModelError(f"{folder}: no readable reward head there (other tensors than three of float64)")
     if about.format != _FORMAT:
         raise ModelError(f"{folder}: reward head of format {about.format}, expected {_FORMAT} (train it again)")
     if weights.ndim != 1 or centre.shape != weights.shape or scale.shape != (1,):
         raise ModelError(f"{folder}: no readable reward head there (tensors of shapes that do not fit)")
-    if not all(np.isfinite(tensor).all() for tensor in (weights, centre, scale)):
-        raise ModelError(f"{folder}: no readable reward head there (weights that are not finite)")
+    if not all(np.isfinite(tensor).all() for tensor in (weights, centre, scale)) or scale[0] <= 0:
+        raise ModelError(f"{folder}: no readable reward head there (weights not finite, or a scale not above 0)")
     return BradleyTerryHead(weights, centre, scale, about.l2, about.n_train, about.cv_log_loss), about.base
 
 

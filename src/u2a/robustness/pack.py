@@ -17,8 +17,9 @@ from u2a.progress import Advance, Console
 from u2a.record import derive_seed
 from u2a.robustness.attacks import PROMPT_ATTACKS, PromptAttack, Turns
 from u2a.robustness.quantise import GROUP, SCHEMES, Scheme, quantised, quantised_frac
+from u2a.robustness.records import NONE, RobustnessTable
 from u2a.robustness.relearn import Relearning, apart, relearn, split_forget, texts
-from u2a.robustness.table import NONE, Measured, RobustnessTable, table_rows
+from u2a.robustness.table import Measured, table_rows
 from u2a.types import Example
 
 Values = Mapping[str, Mapping[str, float]]
