@@ -5,10 +5,11 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import END, ask, examples, pairs, tiny_tokenizer
 
+from tiny import END, ask, examples, pairs, tiny_tokenizer
 from u2a.data import example_id, fold, pair_id, prompt_key
-from u2a.doctor import Diagnosis, examine, examine_sets
+from u2a.diagnosis import Diagnosis
+from u2a.doctor import examine, examine_sets
 from u2a.encoding import Encoder
 from u2a.errors import DataError
 from u2a.near_duplicates import alike, fingerprint, near_labels
@@ -83,7 +84,7 @@ def test_the_threshold_is_met_exactly_at_nine_tenths():
 
 
 def test_punctuation_does_not_count_and_scripts_without_spaces_are_cut():
-    assert alike(fingerprint("a", "Tea?", ["Yes, please!"]), fingerprint("b", "tea", ["yes please"]))
+    assert alike(fingerprint("a", "tea?", ["yes, please!"]), fingerprint("b", "tea", ["yes please"]))
     sentence = "これはとても長い日本語の文章ですから一文字の違いはほとんど影響しないはずです"
     longer = sentence + "ね"
     assert alike(fingerprint("a", "", [sentence]), fingerprint("b", "", [longer]))
@@ -135,20 +136,17 @@ def test_planted_overlaps_are_found_with_their_counts(ends, kind):
     others = {"holdout": sets.pop("holdout")} if "holdout" in sets else {}
     diagnosis = examine(Partition.model_validate(sets), others=others)
     (overlap,) = diagnosis.overlaps
-    assert (overlap.first, overlap.second, overlap.level, overlap.count) in (
-        (first, second, kind, KINDS[kind]),
-        ("forget", "preference", kind, KINDS[kind]),
-    )
+    assert (overlap.first, overlap.second, overlap.level, overlap.count) == (first, second, kind, KINDS[kind])
     assert list(overlap.examples) == expected
-    (finding,) = diagnosis.findings
-    leak = second == "evaluation" and kind != "near"
+    (finding,) = [found for found in diagnosis.findings if found.check == "overlap"]
+    leak = second == "evaluation" and kind in ("exact", "folded")
     assert (finding.severity, finding.count) == ("error" if leak else "warning", KINDS[kind])
     assert finding.places == tuple(f"first:{k}" for k in range(min(3, KINDS[kind])))
     if leak:
         with pytest.raises(DataError, match=f"{KINDS[kind]} rows of {first} .*data.allow_leak=true"):
             diagnosis.refuse()
         diagnosis = examine(Partition.model_validate(sets), allow_leak=True)
-        assert [found.severity for found in diagnosis.findings] == ["warning"]
+        assert {found.severity for found in diagnosis.findings} == {"warning"}
     diagnosis.refuse()
 
 
@@ -239,8 +237,10 @@ def test_a_prompt_without_room_and_special_tokens_in_texts():
     assert checks(diagnosis) == [("error", "too long", 1), ("warning", "special tokens", 1)]
     assert [finding.examples for finding in diagnosis.findings] == [(rows[0].id,), (rows[1].id,)]
     assert diagnosis.sets[0].lengths[0] > 300
-    one = examine_sets({"reward": [pair("y" * 300, "a", "b")]}, Encoder(tiny_tokenizer(pad_is_eos=False), 200))
+    one = examine_sets({"preference": [pair("y" * 300, "a", "b")]}, Encoder(tiny_tokenizer(pad_is_eos=False), 200))
     assert checks(one) == [("error", "too long", 1)]  # the pair counts once, though both answers fail
+    reward = examine_sets({"reward": [pair("y" * 300, "a", "b")]}, Encoder(tiny_tokenizer(pad_is_eos=False), 200))
+    assert reward.findings == () and (reward.sets[0].unit, reward.n_cut) == ("words", None)  # the policy never reads it
 
 
 REFUSING = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"

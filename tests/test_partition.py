@@ -15,7 +15,7 @@ from u2a.config import DataSection, FieldMap, PartitionSection, RunConfig
 from u2a.data import example_id, pair_id, prompt_key
 from u2a.errors import ConfigError, DataError
 from u2a.partition import SETS, Inputs, build_partition, describe, partition, shortages
-from u2a.types import Example, Leak, Message, Pair, Partition
+from u2a.types import Example, Message, Pair, Partition
 
 SHARED = Path(os.environ.get("U2A_DATA", Path(__file__).parents[1] / "../shared/data"))
 FIFTHS = PartitionSection(finetune_frac=0.2, forget_frac=0.2, preference_frac=0.2, reward_frac=0.2, evaluation_frac=0.2)
@@ -333,17 +333,13 @@ def test_what_is_not_needed_may_be_absent(lacking, options):
 
 
 def test_description_counts_rows_and_prompts():
-    leak = Leak(first="forget", second="retain", level="prompt", count=4, examples=("1", "2", "3"))
-    result = Partition(
-        forget=(example("a", "x"), example("A", "y")), leaks=(leak,), dropped={"pairs: repeated": 7}, fingerprint="f0"
-    )
+    result = Partition(forget=(example("a", "x"), example("A", "y")), dropped={"pairs: repeated": 7}, fingerprint="f0")
     lines = describe(result)
     assert [line.split() for line in lines[:2]] == [
         ["finetune", "0", "rows", "0", "prompts"],
         ["forget", "2", "rows", "1", "prompts"],
     ]
     assert lines[6:] == [
-        "overlap: 4 rows of forget share their prompt with retain (1, 2, 3, ...)",
         "left out: 7 rows, pairs: repeated",
         "fingerprint f0",
     ]

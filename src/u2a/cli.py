@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from u2a import __version__
 from u2a.errors import ConfigError, U2AError
+from u2a.terminal import escaped
 
 if TYPE_CHECKING:
     from u2a.config import RunConfig
@@ -59,6 +60,14 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", metavar="RUN", help="output directory of an evaluated run")
     compare.add_argument("--arm", default="after", help="arm compared (after: the solution)")
     compare.add_argument("--out", type=Path, help="also write it: .html, .md or .json")
+    data = commands.add_parser("data", help="look at data files")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    shown = actions.add_parser("show", help="tokens with the answer mask, template, lengths, duplicates, conflicts")
+    shown.add_argument("file", help=".jsonl, .json, .csv, .parquet, or hub:OWNER/NAME[:SPLIT]")
+    shown.add_argument("--model", help="whose tokenizer to use: hub id, directory, or package:NAME (default: words)")
+    shown.add_argument("--rows", type=int, default=3, help="rows shown (default: 3)")
+    _add_options(shown)
+    commands.add_parser("env", help="versions and machine, for bug reports")
     commands.add_parser("metrics", help="every metric: formula, direction, range, needs and caveat")
     config = commands.add_parser("config", help="print or check options")
     config.add_argument("config", nargs="?", help="YAML file to check")
@@ -88,12 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handlers: dict[str, Callable[[argparse.Namespace], None]] = {
         "run": _run, "demo": _demo, "config": _config, "score": _score, "partition": _partition,
         "reward": _reward, "solve": _stage, "unlearn": _stage, "evaluate": _evaluate, "report": _report,
-        "compare": _compare, "metrics": _metrics,
+        "compare": _compare, "metrics": _metrics, "data": _data, "env": _env,
     }  # fmt: skip
     try:
         handlers[options.command](options)
     except U2AError as error:
-        print(f"u2a {options.command}: {error}", file=sys.stderr)
+        print(escaped(f"u2a {options.command}: {error}", keep="\n"), file=sys.stderr)
         return error.exit_status
     except OSError as error:
         print(f"u2a {options.command}: {error} (is the path right, and writable?)", file=sys.stderr)
@@ -203,6 +212,27 @@ def _compare(options: argparse.Namespace) -> None:
     print(comparison_markdown(found), end="")
     if options.out is not None:
         print(write_comparison(found, options.out))
+
+
+def _data(options: argparse.Namespace) -> None:
+    from u2a.config_file import load_config
+
+    config = load_config(None, options.overrides, options.preset)
+    from u2a.data_show import show
+    from u2a.terminal import encodable, wants_colour
+
+    model = None
+    if options.model is not None:
+        _hush_libraries()
+        model = config.model.model_copy(update={"name_or_path": options.model})
+    for line in show(options.file, config.data, model, options.rows, wants_colour(sys.stdout)):
+        print(encodable(line, sys.stdout))
+
+
+def _env(_: argparse.Namespace) -> None:
+    from u2a.environment import environment_text
+
+    print(environment_text(), end="")
 
 
 def _metrics(_: argparse.Namespace) -> None:

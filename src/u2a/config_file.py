@@ -134,13 +134,20 @@ def unknown_keys(tree: dict[str, Any], model: type[BaseModel], prefix: str = "")
             section, items = _section_of(model, key), _items_of(model, key)
             if section is not None and isinstance(value, dict):
                 problems += unknown_keys(value, section, f"{prefix}{key}.")
-            for index, item in enumerate(value if items and isinstance(value, list) else ()):
-                known = items.model_fields if items else {}
-                for name in [name for name in item if name not in known] if isinstance(item, dict) else ():
-                    close = difflib.get_close_matches(str(name), known, n=1) or [f"one of {', '.join(known)}"]
-                    problems.append(f"{prefix}{key}[{index}].{name}: unknown option (did you mean {close[0]}?)")
+            if items is not None and isinstance(value, list):
+                for index, item in enumerate(value):
+                    problems += _unknown_in_item(item, items, f"{prefix}{key}[{index}]")
             continue
         problems.append(f"{prefix}{key}: unknown option{_nearest(f'{prefix}{key}')}")
+    return problems
+
+
+def _unknown_in_item(item: Any, section: type[BaseModel], where: str) -> list[str]:
+    known = list(section.model_fields)
+    problems = []
+    for key in [key for key in item if key not in known] if isinstance(item, dict) else []:
+        close = difflib.get_close_matches(str(key), known, n=1) or [f"one of {', '.join(known)}"]
+        problems.append(f"{where}.{key}: unknown option (did you mean {close[0]}?)")
     return problems
 
 
@@ -236,8 +243,10 @@ def _validated(tree: dict[str, Any], wrong: set[str]) -> tuple[RunConfig | None,
         for place, sentences in found.items():
             if not place or not any(name.startswith(f"{place}.") for name in wrong):
                 problems += [text for text in sentences if not any(name in text for name in wrong)]
-        wrong = wrong | (found.keys() - {""})
-        tree = _without(tree, [place.partition("[")[0] for place in found if place])
+        if "" in found:  # conflicts between sections are looked for last
+            break
+        wrong = wrong | found.keys()
+        tree = _without(tree, [place.partition("[")[0] for place in found])
     return None, problems
 
 

@@ -10,8 +10,9 @@ from jinja2 import TemplateError
 
 from u2a.config import DataSection, ModelSection
 from u2a.data import LABEL, MESSAGES, parse_examples, parse_pairs, parse_prompts
-from u2a.doctor import DataRow, SetHealth, examine_sets
-from u2a.errors import DataError, ModelError
+from u2a.diagnosis import SetHealth
+from u2a.doctor import DataRow, examine_sets
+from u2a.errors import ConfigError, DataError, ModelError
 from u2a.record import content_id
 from u2a.rows import RawRow, Source, read_rows
 from u2a.terminal import escaped
@@ -64,9 +65,12 @@ def show(
         Lines that are safe to print: control characters of the data are escaped.
 
     Raises:
+        ConfigError: ``n_rows`` is negative.
         DataError: every problem of the source, one line each.
         ModelError: no tokenizer. One without a chat template is a finding, and words are counted.
     """
+    if n_rows < 0:
+        raise ConfigError(f"--rows: {n_rows}, expected 0 or more")
     sets = read_sets(read_rows(source), section)
     encoder, problem = (None, "") if model is None else _encoder(model, section.max_length)
     diagnosis = examine_sets(sets, encoder)
@@ -252,9 +256,8 @@ def histogram(lengths: Sequence[int]) -> list[str]:
     Returns:
         One line per bin from the shortest length to the longest: range, count, bar.
 
-    >>> histogram([1, 2, 3, 3, 9])
-    ['         1         1 |#############', '       2-3         3 |########################################', \
-'       4-7         0 |', '      8-15         1 |#############']
+    >>> [line.rstrip("#") for line in histogram([1, 2, 3, 9])]
+    ['         1         1 |', '       2-3         2 |', '       4-7         0 |', '      8-15         1 |']
     """
     counts: dict[int, int] = {}
     for length in lengths:

@@ -12,24 +12,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from u2a.data import fold, prompt_key
-from u2a.errors import DataError
+from u2a.diagnosis import Diagnosis, Finding, Level, Overlap, SetHealth, Severity
 from u2a.near_duplicates import fingerprint, near_labels
 from u2a.partition import SETS
-from u2a.record import Record
-from u2a.record import Row as RecordRow
-from u2a.terminal import escaped
-from u2a.token_checks import Measured, Unit, measure, template_problems
+from u2a.token_checks import Measured, measure, template_problems
 from u2a.types import Example, Pair, Partition
 
 if TYPE_CHECKING:
     from u2a.encoding import Encoder
 
 DataRow = Pair | Example
-Severity = Literal["error", "warning", "note"]
-Level = Literal["exact", "folded", "near", "prompt"]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 LEVELS: dict[Level, str] = {
@@ -38,116 +33,10 @@ LEVELS: dict[Level, str] = {
     "near": "have a near-duplicate there",
     "prompt": "share their prompt, with another answer",
 }
-LEAKS: tuple[Level, ...] = ("exact", "folded", "prompt")  # the prompt itself stands in the evaluation set
+LEAKS: tuple[Level, ...] = ("exact", "folded")  # the very row stands in the evaluation set
 GOOD, BAD = ("retain", "good"), ("forget", "bad")  # sets of examples whose answers are good, or bad
 HELD_OUT = ("evaluation", "holdout")
-
-
-class Finding(RecordRow):
-    """One thing found.
-
-    Attributes:
-        severity: ``error`` stops the run, ``warning`` may spoil its result, ``note`` is worth knowing.
-        check: short name of the check.
-        text: what was found, how often, and what to do.
-        count: rows concerned (0 where no row is).
-        examples: ids of up to three of them.
-        places: their ``file:line``.
-    """
-
-    severity: Severity
-    check: str
-    text: str
-    count: int = 0
-    examples: tuple[str, ...] = ()
-    places: tuple[str, ...] = ()
-
-
-class Overlap(RecordRow):
-    """Rows of one set that stand in a later one too; every row counts once, at the first level that holds.
-
-    Attributes:
-        first, second: the sets.
-        level: ``exact`` (prompt and answer, character by character), ``folded`` (but for case and spacing), ``near``
-            (near-duplicate), ``prompt`` (same prompt after folding, other answers).
-        count: rows of ``first`` concerned.
-        examples: ids of up to three of them.
-    """
-
-    first: str
-    second: str
-    level: Level
-    count: int
-    examples: tuple[str, ...]
-
-
-class SetHealth(RecordRow):
-    """One set by itself.
-
-    Attributes:
-        name: the set.
-        rows, prompts: rows, and prompts that differ after folding.
-        repeated: rows that repeat an earlier one exactly.
-        repeated_folded: further rows that repeat an earlier one but for case and spacing.
-        near: rows, repeats aside, that have a near-duplicate among the others.
-        unit: what lengths count: ``tokens`` of the rendered conversation, or ``words`` without a tokenizer.
-        cut: answers cut at the maximum length, or None without a tokenizer.
-        lengths: length of prompt and answer together before any cut, one per answer, in the order of the rows.
-    """
-
-    name: str
-    rows: int
-    prompts: int
-    repeated: int
-    repeated_folded: int
-    near: int
-    unit: Unit
-    cut: int | None
-    lengths: tuple[int, ...]
-
-
-class Diagnosis(Record):
-    """What the doctor found.
-
-    Attributes:
-        sets: every set that has rows.
-        overlaps: between the sets.
-        findings: errors first, then warnings, then notes.
-    """
-
-    sets: tuple[SetHealth, ...] = ()
-    overlaps: tuple[Overlap, ...] = ()
-    findings: tuple[Finding, ...] = ()
-
-    @property
-    def n_cut(self) -> int | None:
-        """Answers cut at the maximum length in all sets; None without a tokenizer."""
-        cuts = [item.cut for item in self.sets if item.cut is not None]
-        return sum(cuts) if len(cuts) == len(self.sets) else None
-
-    def lines(self) -> list[str]:
-        """Describe the findings for the console.
-
-        Returns:
-            One line per finding, safe to print whatever the data hold.
-        """
-        if not self.findings:
-            return ["nothing found"]
-        lines = []
-        for item in self.findings:
-            some = ", ".join(item.places or item.examples) + (", ..." if item.count > len(item.examples) else "")
-            lines.append(escaped(f"{item.severity}: {item.text}" + (f" [{some}]" if item.examples else "")))
-        return lines
-
-    def refuse(self) -> None:
-        """Stop where something makes the run's result worthless.
-
-        Raises:
-            DataError: every finding of severity ``error``.
-        """
-        errors = [line.removeprefix("error: ") for line in self.lines() if line.startswith("error: ")]
-        if errors:
-            raise DataError(errors)
+NEVER_TOKENIZED = ("reward",)  # read by reward models only, which have tokenizers of their own
 
 
 def examine(
@@ -177,7 +66,7 @@ def examine_sets(
     tables = {name: _Table(name, rows) for name, rows in sets.items() if rows}
     healths, findings = [], []
     for table in tables.values():
-        measured = measure(table.rows, encoder)
+        measured = measure(table.rows, None if table.name in NEVER_TOKENIZED else encoder)
         healths.append(_health(table, measured))
         findings += [*_repeats(table), *_lengths(table, measured)]
     near = _near(tables) if len(tables) > 1 else {}
@@ -234,7 +123,7 @@ class _Table:
             elif alike.setdefault(item.folded, item) is not item:
                 self.repeated_folded.append(item)
         distinct = list(alike.values())
-        prints = [fingerprint(item.key, item.prompt, item.answers) for item in distinct]
+        prints = [fingerprint(item.key, fold(item.prompt), [text[1] for text in item.folded]) for item in distinct]
         found = near_labels(prints, [1] * len(distinct))
         self.near = [item for item, near in zip(distinct, found, strict=True) if near]
 
@@ -251,10 +140,10 @@ def _near(tables: Mapping[str, _Table]) -> dict[Text, set[str]]:
     prints = {}
     for bit, table in enumerate(tables.values()):
         for item in table.items:
-            for text, answer in zip(item.folded, item.answers, strict=True):
+            for text in item.folded:
                 masks[text] |= 1 << bit
                 if text not in prints:
-                    prints[text] = fingerprint(item.key, item.prompt, [answer])
+                    prints[text] = fingerprint(item.key, fold(item.prompt), [text[1]])
     found = near_labels(list(prints.values()), [masks[text] for text in prints])
     return {
         text: {name for bit, name in enumerate(names) if mask >> bit & 1}

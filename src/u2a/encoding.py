@@ -226,22 +226,20 @@ def token_batches(encoded: Sequence[Encoded], token_budget: int) -> list[list[in
     return batches
 
 
-def count_truncated(sets: Partition, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+def count_truncated(sets: Partition, encoder: Encoder) -> int:
     """Tokenise every row before a model is loaded; all prompts that leave no room for an answer are one error.
 
     Args:
         sets: the partition.
-        tokenizer: the policy's.
-        max_length: tokens of prompt and answer.
+        encoder: around the policy's tokenizer, with the most tokens of prompt and answer.
 
     Returns:
-        Answers that are cut off at ``max_length``.
+        Answers that are cut off.
 
     Raises:
         DataError: prompts that leave no room for an answer.
         ModelError: the tokenizer has no chat template.
     """
-    encoder = Encoder(tokenizer, max_length)
     rows: list[tuple[Example | Pair, str]] = [(row, row.completion) for row in (*sets.forget, *sets.retain)]
     for pair in (*sets.finetune, *sets.preference, *sets.evaluation):
         rows += [(pair, pair.chosen), (pair, pair.rejected)]

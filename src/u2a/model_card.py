@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,6 +14,7 @@ from u2a.run_records import RunRecords, cautions, what_was_done
 from u2a.types import EvalTable, Metric
 
 PACKAGES = ("u2a", "torch", "transformers", "peft")
+_BLOCK_START = re.compile(r"^(|\d+)([-+=~]|[.)](?=\s|$))")  # a list item, a rule or a fence, at the start of a line
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 LIMITATIONS = (
     "The interval of a metric covers the sampling of prompts only, not another seed, other data or another model.",
@@ -121,7 +123,7 @@ def _data(records: RunRecords) -> str:
     ]
     if data.finetune:
         sizes.insert(0, f"{len(data.finetune)} pairs for the misaligned start")
-    return f"Fingerprint `{data.fingerprint or 'none'}`. The sets are split by prompt.\n\n{_bullets(sizes)}"
+    return f"Fingerprint {_inline(data.fingerprint or 'none')}. The sets are split by prompt.\n\n{_bullets(sizes)}"
 
 
 def _training(records: RunRecords) -> str:
@@ -168,7 +170,7 @@ def _text(text: str) -> str:
     line = " ".join(text.split())
     for mark in "\\`*[]<>|#":
         line = line.replace(mark, "\\" + mark)
-    return line
+    return _BLOCK_START.sub(r"\1\\\2", line)
 
 
 def _inline(text: str) -> str:

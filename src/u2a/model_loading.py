@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from u2a.record import one_line
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, before any model, so that a missing chat template shows at once.
+    """Load the tokenizer, before any model, so that a template that is missing or does not work shows at once.
 
     Args:
         section: the model options.
@@ -24,15 +26,22 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         The tokenizer.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or its chat template fails on one question.
     """
+    name = f"model.name_or_path: {section.name_or_path!r}"
     path = resolve_model(section.name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # damaged files make the libraries below raise anything
         raise ModelError(
             f"model.name_or_path: no tokenizer at {section.name_or_path!r} ({_first_line(error)})"
         ) from None
+    if tokenizer.chat_template:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except Exception as error:  # a template is a program of the model's author, run in a sandbox
+            raise ModelError(f"{name} has a chat template that fails ({_first_line(error)})") from None
+    return tokenizer
 
 
 def load_model(section: ModelSection) -> PreTrainedModel:
@@ -45,16 +54,13 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         The model in evaluation mode.
 
     Raises:
-        ModelError: the device is absent, the model cannot be loaded, its weights are not safetensors or not all there,
-            or the directory holds an adapter.
+        ModelError: the device is absent, the model cannot be loaded, its weights are not safetensors or not exactly
+            those of its architecture, or the directory holds an adapter.
     """
     device = pick_device(section.device)
+    name = f"model.name_or_path: {section.name_or_path!r}"
     path = resolve_model(section.name_or_path)
-    if (Path(path) / "adapter_config.json").exists():
-        raise ModelError(
-            f"model.name_or_path: {section.name_or_path!r} holds an adapter, whose files name a base of their own "
-            "(merge it into its base, save that, and name the result)"
-        )
+    _check_files(Path(path), name)
     quantization = None
     if section.load_in_4bit:
         from transformers import BitsAndBytesConfig
@@ -67,6 +73,7 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, as asked for
             path,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             dtype="auto" if section.dtype == "auto" else getattr(torch, section.dtype),
             attn_implementation=section.attention,
             use_safetensors=True,
@@ -75,14 +82,79 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         )
     except Exception as error:  # damaged files make the libraries below raise anything
         raise ModelError(f"model.name_or_path: cannot load {section.name_or_path!r} ({_first_line(error)})") from None
-    if missing := sorted(found["missing_keys"]):
-        raise ModelError(
-            f"model.name_or_path: the weights of {section.name_or_path!r} lack {len(missing)} tensors, first "
-            f"{missing[0]!r}; they would be random (get the whole model)"
-        )
+    _check_loaded(found, name)
     if quantization is None:
         nn.Module.to(model, device)
     return model.eval()
+
+
+def load_pretrained(
+    kind: Any, name_or_path: str, what: str, dtype: torch.dtype | str, may_lack: tuple[str, ...] = ()
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model that is only read, for example a reward model, with its tokenizer; its own code is never run.
+
+    Args:
+        kind: a class of transformers with ``from_pretrained``.
+        name_or_path: hub id, directory, or ``package:NAME``.
+        what: what the model is, for messages.
+        dtype: dtype of the weights, or ``auto``.
+        may_lack: beginnings of the names of weights that are not used and may be missing.
+
+    Returns:
+        The model in evaluation mode, on the CPU, and the tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded, or its weights are not safetensors or not exactly those of its architecture.
+    """
+    name = f"{what} {name_or_path!r}"
+    path = resolve_model(name_or_path)
+    _check_files(Path(path), name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, found = kind.from_pretrained(
+            path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # damaged files make the libraries below raise anything
+        raise ModelError(f"{name}: cannot be loaded ({_first_line(error)})") from None
+    _check_loaded(found, name, may_lack)
+    return model.eval(), tokenizer
+
+
+def _check_files(folder: Path, name: str) -> None:
+    """Refuse a directory whose files lead to other ones: an adapter to its base, an index out of the directory."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{name} holds an adapter, whose files name a base of their own (merge it into its base, save that, and "
+            "name the result)"
+        )
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except Exception as error:  # it may hold anything
+        raise ModelError(f"{name}: {index.name} is damaged ({type(error).__name__})") from None
+    for shard in shards:
+        plain = isinstance(shard, str) and shard == Path(shard).name and shard.endswith(".safetensors")
+        if not plain:
+            raise ModelError(f"{name}: {index.name} names {one_line(repr(shard), 80)}, no safetensors file beside it")
+
+
+def _check_loaded(found: dict[str, Any], name: str, may_lack: tuple[str, ...] = ()) -> None:
+    """Refuse weights that transformers would have replaced by random ones."""
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith(may_lack))
+    if missing:
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights of its architecture, first {missing[0]!r}; they would be random "
+            "(get the whole model)"
+        )
+    for key, given, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(f"{name}: {key} has the shape {list(given)}, its config.json means {list(wanted)}")
 
 
 def check_adapter_layers(section: ModelSection) -> None:

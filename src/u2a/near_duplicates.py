@@ -12,8 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from u2a.data import fold
+from itertools import repeat
 
 PARTS, OF = 9, 10  # the threshold 0.9 in whole numbers, so that no rounding decides
 
@@ -29,37 +28,39 @@ class Fingerprint:
 
     Attributes:
         prompt_key: equal for equal prompts.
-        answers: shingles of the answers.
+        answers: shingles of each answer.
         whole: shingles of prompt and answers.
     """
 
     prompt_key: str
-    answers: frozenset[Shingle]
+    answers: tuple[frozenset[Shingle], ...]
     whole: frozenset[Shingle]
 
 
 def fingerprint(prompt_key: str, prompt: str, answers: Sequence[str]) -> Fingerprint:
-    """Cut a prompt and its answers into shingles of three words; case, spacing and punctuation do not count.
+    """Cut a prompt and its answers into shingles of three words; punctuation does not count.
 
     Args:
         prompt_key: id of the prompt.
-        prompt: its text.
-        answers: one answer, or the chosen and the rejected one (which are told apart).
+        prompt: its text, folded by :func:`u2a.data.fold`.
+        answers: one answer, or the chosen and the rejected one (which are told apart), folded.
 
     Returns:
         The fingerprint. A text of fewer than three words has one shingle, a text without words none.
     """
-    parts = frozenset(shingle for slot, answer in enumerate(answers) for shingle in _shingles(slot, answer))
-    return Fingerprint(prompt_key, parts, parts | frozenset(_shingles(0, prompt)))
+    parts = tuple(_shingles(slot, answer) for slot, answer in enumerate(answers))
+    return Fingerprint(prompt_key, parts, frozenset().union(_shingles(0, prompt), *parts))
 
 
-def _shingles(slot: int, text: str) -> list[Shingle]:
-    words = _WORD.findall(_UNSPACED.sub(r" \1 ", fold(text)))
-    return [(slot, *words[i : i + 3]) for i in range(max(1, len(words) - 2))] if words else []
+def _shingles(slot: int, text: str) -> frozenset[Shingle]:
+    words = _WORD.findall(text if text.isascii() else _UNSPACED.sub(r" \1 ", text))
+    if len(words) < 3:
+        return frozenset([(slot, *words)]) if words else frozenset()
+    return frozenset(zip(repeat(slot), words, words[1:], words[2:], strict=False))
 
 
 def alike(first: Fingerprint, second: Fingerprint) -> bool:
-    """Tell whether two texts are near-duplicates; under one prompt the answers alone are compared.
+    """Tell whether two texts are near-duplicates; under one prompt every answer must be so by itself, too.
 
     Args:
         first: one text.
@@ -68,7 +69,8 @@ def alike(first: Fingerprint, second: Fingerprint) -> bool:
     Returns:
         True when the Jaccard similarity is at least 0.9.
     """
-    if first.prompt_key == second.prompt_key and not _similar(first.answers, second.answers):
+    same_prompt = first.prompt_key == second.prompt_key
+    if same_prompt and not all(map(_similar, first.answers, second.answers)):
         return False
     return _similar(first.whole, second.whole)
 

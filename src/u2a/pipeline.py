@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from u2a.bilevel.solve import OuterProblem, random_weights, score, solve
 from u2a.config import RunConfig
 from u2a.data import Source
-from u2a.encoding import count_truncated
+from u2a.doctor import examine
+from u2a.encoding import Encoder, count_truncated
 from u2a.errors import RecordError
 from u2a.evaluation.expected_reward import sampled_reward
 from u2a.evaluation.generation import Decoding, generate
@@ -80,12 +81,18 @@ class Pipeline:
         if self._model is None:
             check_adapter_layers(self.config.model)
         result = partition(self.config, self.sources)
-        self.n_truncated = count_truncated(result, self.tokenizer, self.config.data.max_length)
+        encoder = Encoder(self.tokenizer, self.config.data.max_length)
+        self.n_truncated = count_truncated(result, encoder)
         self.console.say("Partition")
         cut = f"truncated  {self.n_truncated:>7} answers at data.max_length {self.config.data.max_length} tokens"
         for line in [*describe(result), cut]:
             self.console.say(f"  {line}")
         result.save(self.dir / "partition.json")
+        found = examine(result, encoder, allow_leak=self.config.data.allow_leak)
+        for line in found.lines():
+            self.console.say(f"  {line}")
+        found.save(self.dir / "diagnosis.json")
+        found.refuse()
         return result
 
     @cached_property

@@ -17,7 +17,7 @@ from u2a.bilevel.solve import score
 from u2a.config import PartitionSection, RunConfig
 from u2a.console import evaluation_table, reliability_text, samples_text, selection_text
 from u2a.data import Source
-from u2a.encoding import count_truncated
+from u2a.encoding import Encoder, count_truncated
 from u2a.errors import ConfigError, ModelError
 from u2a.evaluation_stage import EvaluationStage
 from u2a.model_loading import load_model, load_tokenizer
@@ -276,7 +276,7 @@ def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConf
     solve_seed = derive_seed(config.seed, "solve")
     clusters = candidate_clusters(config.solve, sets.forget, solve_seed)
     outer = OuterProblem(sets.preference, config.solve, None, solve_seed, None, clusters)
-    n_cut = count_truncated(sets, tokenizer, config.data.max_length)
+    n_cut = count_truncated(sets, Encoder(tokenizer, config.data.max_length))
     console.say(
         f"{len(sets.forget)} negatives, {len(sets.preference)} pairs; {n_cut} answers cut off at data.max_length"
     )

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
+from u2a.diagnosis import Severity, Unit
 from u2a.errors import DataError
 from u2a.types import Example, Message, Pair
 
 if TYPE_CHECKING:
     from u2a.encoding import Encoder
 
-Unit = Literal["tokens", "words"]
-Problem = tuple[Literal["error", "warning", "note"], str, str]  # severity, check, text
+Problem = tuple[Severity, str, str]  # severity, check, text
 
 PROBE = (Message(role="user", content="PROMPT"),)
 REPLY = Message(role="assistant", content="ANSWER")

@@ -327,4 +327,38 @@ MARKDOWN = (
     "[link](javascript:alert(1)) ![image](https://example.com/x.png)",
     "\n# heading\n\n---\n- item\n> quote",
     "**bold** *emphasis* <!-- comment",
+    "- item",
+    "1. item",
+    "---",
+    "~~~",
+    "=cmd|'/C calc'!A0",
+)
+
+HOSTILE = (  # faults of a safetensors file
+    "pickle",
+    "torch.save",
+    "truncated",
+    "header cut",
+    "header of an exabyte",
+    "header longer than the file",
+    "offsets outside",
+    "empty",
+    "missing tensor",
+    "extra tensor",
+    "wrong shape",
+    "wrong dtype",
+    "not finite",
+)
+
+TRAVERSAL = (
+    "../x",
+    "../../../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    "a/../../x",
+    "./x",
+    "..\\x",
+    "x\0.jsonl",
+    "%2e%2e/x",
+    "~/x",
 )

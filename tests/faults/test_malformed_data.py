@@ -174,7 +174,7 @@ def test_reading_damaged_files_is_fast_enough(partition: Command, tmp_path: Path
 
 # --- fuzzing: any file at all gives status 0 or 2, and never an exception ---------------------------
 
-FUZZ = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LINE = json.dumps(PAIR).encode() + b"\n"
 VALID = b"".join(json.dumps(row).encode() + b"\n" for row in good_rows(20))
 KINDS = st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.parquet"])

@@ -68,4 +68,4 @@ class RobustnessTable(Record):
     attack_rows: dict[str, int] = {}
     learning_rate: float | None = None
     quantised_frac: float | None = None
-    group: int
+    group: int = 64
