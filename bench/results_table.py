@@ -12,10 +12,14 @@ from typing import Any
 
 import yaml
 
-from u2a.console import interval, number
+from u2a.console import interval, metric_names, number
+from u2a.evaluation.metrics import info
+from u2a.reward.card import card_lines
+from u2a.robustness.table import markdown
 from u2a.run_records import RunRecords, option_rows
+from u2a.types import Agreement
 
-METRICS = ("preference_margin", "preference_accuracy", "reward", "retain_ppl", "refusal_rate", "degenerate_rate")
+FIRST = ("preference_margin", "preference_accuracy", "reward", "retain_ppl", "asr", "over_refusal")  # shown at once
 
 
 def command(records: RunRecords) -> str:
@@ -40,26 +44,49 @@ def arm_table(records: RunRecords) -> list[str]:
     assert table is not None
     arms = list(table.arms)
     lines = ["| metric | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
-    for name in METRICS:
+    for name in metric_names(table):
         cells = []
         for arm in arms:
-            metric = table.arms[arm][name]
-            cells.append(f"{number(metric.value)} {interval(metric.low, metric.high)} n={metric.n}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            metric = table.arms[arm].get(name)
+            text = "" if metric is None else f"{number(metric.value)} {interval(metric.low, metric.high)} n={metric.n}"
+            withheld = metric is not None and metric.value is None and metric.note
+            cells.append(f"{text}; {metric.note}" if metric and withheld else text)
+        found = info(name)
+        lines.append(f"| {name} {found.arrow if found else ''} | " + " | ".join(cells) + " |")
+    if table.judge:
+        lines += ["", table.judge]
+    for card in (table.reward_card, table.second_reward_card):
+        lines += [""] + [f"    {line}" for line in card_lines(card)] if card else []
+    for found in table.agreements:
+        lines += ["", _agreement(found)]
     return lines
+
+
+def _agreement(found: Agreement) -> str:
+    over = f"{found.n_ranked} answers of the solution" if found.over == "prompts" else f"{found.n_ranked} arms"
+    value = found.spearman
+    return f"Both reward models rank {over} alike: Spearman {number(value.value)} {interval(value.low, value.high)}."
 
 
 def contrast_table(records: RunRecords) -> list[str]:
     """Paired differences with 95 % intervals."""
     table = records.evaluation
     assert table is not None
-    lines = ["| paired difference | value | 95 % interval | prompts |", "|---|---|---|---|"]
+    head = ["| paired difference | value | 95 % interval | prompts |", "|---|---|---|---|"]
+    rows: dict[bool, list[str]] = {True: [], False: []}
     for item in table.contrasts:
-        if item.metric in METRICS[:4]:
-            value = number(item.difference, sign=True)
-            bounds = interval(item.low, item.high)
-            lines.append(f"| {item.metric}: {item.first} - {item.second} | {value} | {bounds} | {item.n} |")
-    return lines
+        bounds, arms = interval(item.low, item.high), f"{item.first} - {item.second}"
+        line = f"| {item.metric}: {arms} | {number(item.difference, sign=True)} | {bounds} | {item.n} |"
+        rows[item.metric.split("/")[0] in FIRST].append(line)
+    more = ["", "<details><summary>Other differences</summary>", "", *head, *rows[False], "", "</details>"]
+    return [*head, *rows[True], *(more if rows[False] else [])]
+
+
+def attacked(records: RunRecords) -> list[str]:
+    """The robustness table, where there is one."""
+    if records.robustness is None:
+        return []
+    return ["<details><summary>Robustness</summary>", "", markdown(records.robustness).rstrip(), "", "</details>", ""]
 
 
 def section(folder: Path) -> list[str]:
@@ -99,6 +126,7 @@ def section(folder: Path) -> list[str]:
         "",
         *contrast_table(records),
         "",
+        *attacked(records),
         "<details><summary>Options that differ from the defaults, seconds by phase</summary>",
         "",
         "```text",

@@ -147,7 +147,7 @@ def comparison_markdown(found: Comparison) -> str:
         Two tables and the verdicts; cells hold no pipe or line break of their own.
     """
     lines = [
-        f"Arm `{_cell(found.arm)}`; in brackets 95 % intervals.",
+        f"Arm {_cell(found.arm)}; in brackets 95 % intervals.",
         "",
         "| metric | " + " | ".join(_cell(run) for run in found.runs) + " |",
     ]
@@ -237,4 +237,8 @@ def _head(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "/").split())
+    """One line in which nothing starts Markdown or HTML."""
+    line = " ".join(text.split())
+    for mark in "\\`*[]<>|":
+        line = line.replace(mark, "\\" + mark)
+    return line

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from u2a.bilevel.solve import OuterProblem, random_weights, score, solve
@@ -33,7 +33,7 @@ from u2a.reward.analysis import analyse, build_reward_model, split_reward_pairs
 from u2a.reward.base import RewardModel
 from u2a.reward.cluster import candidate_clusters
 from u2a.solution import ScoreTable, Solution
-from u2a.stage_store import AnyRecord, StageStore
+from u2a.stage_store import AnyRecord, StageStore, read_tensors
 from u2a.types import Partition, RewardTable, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver
 
@@ -316,7 +316,7 @@ class Pipeline:
             self.store.current(name, UnlearnResult, key, "unlearn")
         if self.store.is_done(name, key) and path.exists() and saved.exists():
             record = UnlearnResult.load(path)
-            self.policy.restore(load_file(saved))
+            self.policy.restore(read_tensors(saved, self.policy.trainable()))
             return record
         steps = self.config.unlearn.max_steps
         checkpoints = self.dir / "checkpoints" / f"{arm}-{key}" if self.config.unlearn.save_steps else None

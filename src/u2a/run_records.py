@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel
 
 from u2a.config import RunConfig
@@ -19,6 +18,7 @@ from u2a.record import Record
 from u2a.robustness.records import RobustnessTable
 from u2a.solution import ScoreTable, Solution
 from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
+from u2a.yaml_file import read_yaml
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -67,7 +67,7 @@ class RunRecords:
         folder = Path(run_dir)
         if not (folder / "run.yaml").is_file():
             raise RecordError(f"{folder}: no run.yaml there (expected the output directory of a run)")
-        noted = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")) or {}
+        noted = read_yaml(folder / "run.yaml")[0]
         config = load_config(folder / "run.yaml")
         names = ["u2a", *config.evaluation.controls]
         paths = [folder / f"unlearn_{name}.json" for name in names]

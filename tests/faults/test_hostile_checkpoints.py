@@ -264,7 +264,6 @@ def test_code_is_executed_where_the_option_says_so(
     assert (tmp_path / "executed").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="these loaders do not pass trust_remote_code=False yet and ask the user")
 def test_other_loaders_do_not_ask_whether_to_run_code(
     model: Path, sentinel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ class LongTextEncoder:
 
     def __init__(self, name_or_path: str, device: str = "cpu", window: int = 256) -> None:
         self._embedder = Embedder(name_or_path, device, max_length=window)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(name_or_path))
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=False)
         self._room = window - self._tokenizer.num_special_tokens_to_add()
 
     @property

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from u2a.data import prompt_key
 from u2a.errors import ModelError
 from u2a.modeling import weights_fingerprint
-from u2a.packaged import resolve_model
 from u2a.progress import Advance, Quiet
 from u2a.reward.base import Prompts, checked, prompt_text
 from u2a.reward.head import BradleyTerryHead, HeadBase, fit_head, load_head, refuse_other_base, save_head
@@ -47,13 +46,9 @@ class Embedder:
     ) -> None:
         self.name = name_or_path
         self._max_length, self._batch_size = max_length, batch_size
-        try:
-            path = resolve_model(name_or_path)
-            self._tokenizer = AutoTokenizer.from_pretrained(path)
-            self._model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ModelError(f"reward.name_or_path: cannot load embedder {name_or_path!r} ({reason})") from None
+        self._model, self._tokenizer = load_pretrained(
+            AutoModel, name_or_path, "embedder", torch.float32, may_lack=("pooler.",)
+        )
         self._model.to(device).eval()
         self._known: dict[str, np.ndarray] = {}
 

@@ -76,7 +76,7 @@ def architectures(name_or_path: str) -> list[str]:
     """
     path = resolve_model(name_or_path)
     try:
-        return list(AutoConfig.from_pretrained(path).architectures or [])
+        return list(AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or [])
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{name_or_path}: no readable model configuration there ({reason})") from None

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from u2a.encoding import Encoded, Encoder, collate, token_batches
 from u2a.errors import ModelError
+from u2a.model_loading import load_pretrained
 from u2a.modeling import Params, Policy
-from u2a.packaged import resolve_model
 from u2a.reward.base import Prompts, checked
 
 if TYPE_CHECKING:
@@ -221,15 +221,10 @@ def load_token_value_head(name_or_path: str, device: torch.device) -> TokenValue
 
 
 def _load(kind: Any, name_or_path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        path = resolve_model(name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        dtype = torch.float32 if device.type == "cpu" else "auto"
-        model = kind.from_pretrained(path, use_safetensors=True, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"reward.name_or_path: cannot load reward model {name_or_path!r} ({reason})") from None
-    return model.to(device), tokenizer
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    model, tokenizer = load_pretrained(kind, name_or_path, "reward model", dtype)
+    model.to(device)  # type: ignore[arg-type]  # transformers narrows torch's signature
+    return model, tokenizer
 
 
 def _check_one_label(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
