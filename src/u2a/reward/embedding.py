@@ -19,6 +19,7 @@ from transformers import AutoModel
 
 from u2a.data import prompt_key
 from u2a.errors import ModelError
+from u2a.model_loading import load_pretrained
 from u2a.modeling import weights_fingerprint
 from u2a.progress import Advance, Quiet
 from u2a.reward.base import Prompts, checked, prompt_text
