@@ -50,7 +50,7 @@ class Embedder:
         self._model, self._tokenizer = load_pretrained(
             AutoModel, name_or_path, "embedder", torch.float32, may_lack=("pooler.",)
         )
-        self._model.to(device).eval()
+        self._model.to(device).eval()  # type: ignore[arg-type]  # transformers narrows torch's signature
         self._known: dict[str, np.ndarray] = {}
 
     def encode(self, texts: Sequence[str], bar: Advance | None = None) -> np.ndarray:
