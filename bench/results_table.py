@@ -6,6 +6,7 @@ python bench/results_table.py docs/results/saferlhf-smollm2.md "SafeRLHF, SmolLM
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def command(records: RunRecords) -> str:
     lines = []
     for name, value, _, changed in option_rows(records.config):
         if changed and name not in ("output_dir",):
-            shown = Path(value).name if name.startswith("data.") and "/" in value else value
+            shown = re.sub(r"(?:/[^\s'/]+)+/([^\s'/]+)", r"\1", value)
             lines.append(f"{name}={shown}")
     return "\n".join(lines)
 
