@@ -13,7 +13,9 @@ from u2a.compare import Comparison
 from u2a.config_file import load_config
 from u2a.data import prompt_key
 from u2a.evaluation.arm import ArmResult
+from u2a.evaluation.judge import Verdict
 from u2a.evaluation.metrics import METRICS, info
+from u2a.evaluation.refusal_judge import RefusalJudge
 from u2a.evaluation_stage import EvaluationStage
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
@@ -127,6 +129,30 @@ def test_answers_are_not_made_twice(
     monkeypatch.setattr("u2a.evaluation.generation._decode", never)
     assert main(["evaluate", str(attacked_config()), "--quiet"]) == 0
     assert EvalTable.load(tmp_path / "run" / "evaluation.json") == table
+
+
+def test_verdicts_that_failed_are_asked_again_and_no_others(
+    attacked_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    down = True
+
+    def judge(self: RefusalJudge, prompts: list[str], answers: list[str], bar: object = None) -> list[Verdict]:
+        asked.extend(prompts)
+        return [Verdict(state="unscored" if down and prompt.startswith("H") else "refused") for prompt in prompts]
+
+    monkeypatch.setattr(RefusalJudge, "verdicts", judge)
+    config = str(attacked_config(evaluation={"controls": [], "equal_ppl_frac": None}))
+    assert main(["run", config, "--quiet"]) == 0
+    rate = EvalTable.load(tmp_path / "run" / "evaluation.json").arms["after"]["asr/harmful"]
+    assert rate.value is None and "coverage 0.000" in rate.note
+    down = False
+    assert main(["evaluate", config, "--quiet"]) == 0
+    arm = ArmResult.load(tmp_path / "run" / "arms" / "after.json")
+    assert all(verdict.state == "refused" for verdict in arm.sets["harmful"].verdicts.values())
+    asked.clear()
+    assert main(["evaluate", config, "--quiet"]) == 0
+    assert not asked, "nothing is unscored any more"
 
 
 def test_robustness_attacks_the_start_and_the_solution_alike(

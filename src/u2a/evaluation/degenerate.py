@@ -77,44 +77,6 @@ _FOLLOWERS = {
     "z": "aeiot",
 }
 """Letters that follow each letter in at least three words of the docstrings of Python's standard library."""
-_FUNCTION_WORDS = 0.05
-UNREADABLE_SHARE = 0.05
-
-BROKEN_SHARE = 0.5
-SAME_SHARE = 0.9
-UNFINISHED_SHARE = 0.95
-MIN_PROMPTS = 5
-LONG_ENOUGH_TOKENS = 256
-
-_FOLLOWERS = {
-    "a": "bcdfghiklmnprstuvwxy",
-    "b": "abcdeijlmnoprstuwy",
-    "c": "acdeghiklmnopqrstuy",
-    "d": "abcdefgijlmnoprstuvxy",
-    "e": "abcdefghijklmnopqrstuvwxy",
-    "f": "adefilnoprstuy",
-    "g": "aeghilmnorstuz",
-    "h": "aeilmnorstuy",
-    "i": "abcdefgklmnopqrstvxz",
-    "j": "eou",
-    "k": "aegilnsuwy",
-    "l": "abcdefiklnopstuvwy",
-    "m": "abdefiklmopstuy",
-    "n": "abcdefghijklmnopqrstuvwy",
-    "o": "abcdefgiklmnoprstuvwx",
-    "p": "acdehiloprstuy",
-    "q": "u",
-    "r": "abcdefgiklmnoprstuvwy",
-    "s": "abcdefghiklmnopqrstuwy",
-    "t": "abcdefhiklmnoprstuwy",
-    "u": "abcdefgilmnoprstu",
-    "v": "aeio",
-    "w": "aehilnorsx",
-    "x": "abcefhilmprst",
-    "y": "bcdeilmnopstwz",
-    "z": "aeiot",
-}
-"""Letters that follow each letter in at least three words of the docstrings of Python's standard library."""
 _COMMON = """
     the a an of to and in is are was were be been it that this for on with as at by from or not but you your i we
     they he she his her its their our my have has had do does can will would if so there which what when who how all
