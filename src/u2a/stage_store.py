@@ -166,7 +166,7 @@ class StageStore:
         """
         self._memory.pop(name, None)
         left = {other: entry for other, entry in self._stages().items() if other != name}
-        write_whole(self.folder / "stages.json", json.dumps(left, indent=1) + "\n")
+        write_whole(self.folder / "stages.json", _STAGES.dump_json(left, indent=1).decode() + "\n")
 
     def log(self, event: str, data: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``.
