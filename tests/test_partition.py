@@ -139,6 +139,20 @@ def test_evaluation_does_not_move_with_the_other_shares():
     assert first.preference != second.preference
 
 
+def test_runs_with_other_seeds_can_share_what_is_held_out():
+    pairs = [pair(f"question {index}") for index in range(600)]
+    shares = {"finetune_frac": 0.1, "forget_frac": 0.3, "preference_frac": 0.2, "reward_frac": 0.15}
+    section = PartitionSection(**shares, evaluation_frac=0.25, held_out_seed=7)
+    first, second = (build_partition(Inputs(pairs=pairs), section, seed) for seed in (1, 2))
+    assert (first.evaluation, first.reward) == (second.evaluation, second.reward)
+    for name, share in {**shares, "evaluation_frac": 0.25}.items():
+        assert abs(len(getattr(first, name.removesuffix("_frac"))) / 600 - share) < 0.05
+    moved = {row.id for row in first.preference} - {row.id for row in second.preference}
+    assert len(moved) > 0.5 * len(first.preference)  # by chance 2/3 of them go elsewhere
+    sets = [prompts(getattr(first, name)) for name in SETS]
+    assert sum(map(len, sets)) == len(set().union(*sets)) == 600
+
+
 def test_rejected_answers_become_candidates_beside_those_of_the_file():
     rows = [pair("a", "good", "bad"), pair("a", "fine", "bad"), pair("b", "good", "worse")]
     result = build_partition(Inputs(pairs=rows, forget=[example("a", "bad"), example("c", "other")]), only("forget"))

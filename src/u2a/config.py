@@ -83,6 +83,9 @@ class PartitionSection(Section):
     preference_frac: Frac = option(0.30, "share of prompts for the PA set")
     reward_frac: Frac = option(0.15, "share of prompts for training reward heads")
     evaluation_frac: Frac = option(0.20, "share of prompts held out")
+    held_out_seed: Annotated[int, Field(ge=0)] | None = option(
+        None, "seed of the cut of evaluation and reward pairs, so that runs with other seeds share them (null: seed)"
+    )
     max_finetune: Count | None = option(None, "at most this many fine-tuning pairs (null: all)")
     max_forget: Count | None = option(None, "at most this many candidates (null: all)")
     max_preference: Count | None = option(None, "at most this many PA pairs (null: all)")
@@ -220,8 +223,9 @@ class UnlearnSection(Section):
     lr_scheduler: Literal["constant", "linear", "cosine"] = option("constant", "learning-rate schedule")
     warmup_ratio: Frac = option(0.0, "share of steps with rising learning rate")
     max_grad_norm: Positive = option(1.0, "gradient clipping norm")
-    save_steps: Annotated[int, Field(ge=0)] = option(0, "checkpoint every this many steps (0: only the end)")
-    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", "tracker of the training runs")
+    save_minutes: NonNegative = option(10.0, "minutes between checkpoints of a training run (0: none by time)")
+    save_steps: Annotated[int, Field(ge=0)] = option(0, "checkpoint after this many steps, too (0: by time alone)")
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", "tracker that is told what metrics.jsonl is told")
 
     @model_validator(mode="after")
     def _retain(self) -> UnlearnSection:

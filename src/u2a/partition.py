@@ -8,10 +8,11 @@ in exactly one set or is counted in ``Partition.dropped``.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import Any, Literal
 
 from u2a.config import DataSection, PartitionSection, RewardSection, RunConfig
@@ -178,11 +179,13 @@ class _Item:
 
 
 def _placed(rows: Sequence[Row], seed: int) -> list[_Item]:
-    items = []
-    for row in rows:
-        key = prompt_key(row.prompt)
-        items.append(_Item(row, key, int(content_id(str(seed), key), 16) / 2.0**64))
-    return _in_order(items)
+    keys = [prompt_key(row.prompt) for row in rows]
+    return _in_order([_Item(row, key, _place(key, seed)) for row, key in zip(rows, keys, strict=True)])
+
+
+def _place(key: str, seed: int) -> float:
+    """Place of a prompt in [0, 1), which depends on its text and the seed alone."""
+    return int(content_id(str(seed), key), 16) / 2.0**64
 
 
 def _in_order(items: list[_Item]) -> list[_Item]:
@@ -239,19 +242,29 @@ def _cut(items: list[_Item], section: PartitionSection, own: set[str], dropped: 
     """Cut the pairs by place into the sets without a source of their own; the forget share gives candidates."""
     shares = {name: getattr(section, f"{name}_frac") for name in CUT if name not in own}
     shares = {name: share for name, share in shares.items() if share > 0}
-    total = sum(shares.values())
     if not shares:
         dropped["pairs: no set takes a share"] += len(items)
         return {}
-    bounds, below = {}, 0.0
-    for name, share in shares.items():
-        below += share / total
-        bounds[name] = below
-    last = list(shares)[-1]
+    out: dict[str, list[_Item]] = {}
+    if section.held_out_seed is not None:
+        held_out = {name: shares.pop(name) for name in ("evaluation", "reward") if name in shares}
+        placed = _in_order([replace(item, place=_place(item.key, section.held_out_seed)) for item in items])
+        out = _assigned(placed, held_out | {"": sum(shares.values())})
+        rest = {item.key for item in out.pop("")}
+        items = [item for item in items if item.key in rest]
+    out |= _assigned(items, shares)
+    if "forget" in out:
+        out["forget"] = [_candidate(item) for item in out["forget"]]
+    return out
+
+
+def _assigned(items: list[_Item], shares: Mapping[str, float]) -> dict[str, list[_Item]]:
+    """Give every item to the set within whose share of [0, 1) its place lies."""
     out: dict[str, list[_Item]] = {name: [] for name in shares}
+    bounds = list(accumulate(shares.values()))
     for item in items:
-        name = next((name for name, bound in bounds.items() if item.place < bound), last)
-        out[name].append(_candidate(item) if name == "forget" else item)
+        at = bisect_right(bounds, item.place * bounds[-1])
+        out[list(shares)[min(at, len(bounds) - 1)]].append(item)
     return out
 
 
