@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -72,6 +73,30 @@ class CollapseGuard(TrainerCallback):
             return True
         self.breached = True
         return False
+
+    def state(self) -> dict[str, Any]:
+        """Return what the guard has seen, for a checkpoint.
+
+        Returns:
+            Measurements, the breach, and the last state within the budget (None for the start).
+        """
+        step, kept = self._kept
+        return {
+            "measured": self.measured,
+            "breached": self.breached,
+            "kept_step": step,
+            "kept": None if step == 0 else kept,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: what :meth:`state` gave.
+        """
+        self.measured, self.breached = dict(state["measured"]), state["breached"]
+        kept = self.policy.theta0 if state["kept"] is None else state["kept"]
+        self._kept = (state["kept_step"], kept)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

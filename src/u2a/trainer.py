@@ -11,26 +11,29 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from u2a.batch_size import micro_batch, split_rows
 from u2a.callbacks import FiniteGradients, StreamPosition
 from u2a.config import AdapterConfig, DataSection, FieldMap, GuardSection, ModelSection
 from u2a.data import parse_examples
-from u2a.encoding import Encoded, token_batches
+from u2a.encoding import Encoded
 from u2a.errors import ConfigError, ModelError, NonFiniteError
 from u2a.guard import CollapseGuard, GuardResult
 from u2a.inner_loss import InnerLoss
 from u2a.losses import UnlearningLoss, check_retain, make_loss
 from u2a.model_loading import load_model, load_tokenizer
-from u2a.modeling import Policy, answer_log_probs
+from u2a.modeling import Policy
 from u2a.record import derive_seed
 from u2a.rows import read_rows
-from u2a.stream import BatchMaker, Sample, SampleStream, StreamSampler
+from u2a.stream import BatchMaker, FixedSamples, Sample, SampleStream, StreamSampler
+from u2a.trainer_checkpoint import CheckpointedTrainer, Checkpointing, stream_id
 from u2a.types import Example
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ class UnlearnConfig(TrainingArguments):
         ppl_budget_frac: allowed rise of retain perplexity.
         guard_steps: steps between measurements (0: only at the end).
         line_search: scale a breaching change down to the budget instead of only rolling back.
+        save_minutes: minutes between checkpoints, beside those of ``save_strategy`` (0: none).
     """
 
     loss: str = field(default="npo", metadata={"help": "ga, grad_diff, npo or sft"})
@@ -68,6 +72,7 @@ class UnlearnConfig(TrainingArguments):
     ppl_budget_frac: float = field(default=0.10, metadata={"help": "allowed rise of retain perplexity"})
     guard_steps: int = field(default=5, metadata={"help": "steps between measurements (0: only at the end)"})
     line_search: bool = field(default=True, metadata={"help": "scale a breaching change down to the budget"})
+    save_minutes: float = field(default=0.0, metadata={"help": "minutes between checkpoints (0: by save_strategy)"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "learning-rate schedule"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
@@ -92,7 +97,7 @@ class UnlearnConfig(TrainingArguments):
         return make_loss(self.loss, self.npo_beta)
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(CheckpointedTrainer):
     """Unlearns weighted rows: each step descends mean_{i in B} (|S| omega_i) l_i + lambda L_R.
 
     Args:
@@ -161,7 +166,7 @@ class UnlearnTrainer(Trainer):
             model=self.policy.model,  # type: ignore[arg-type]  # a PEFT model is what the base class expects, too
             args=args,
             train_dataset=SampleStream(self._samples(self._examples), epoch_length, seed) if self._examples else None,
-            eval_dataset=None if eval_dataset is None else _Fixed(self._samples(held_out, len(self._examples))),
+            eval_dataset=None if eval_dataset is None else FixedSamples(self._samples(held_out, len(self._examples))),
             data_collator=BatchMaker(
                 self.policy.encoder.pad_id,
                 args.train_batch_size,
@@ -187,6 +192,8 @@ class UnlearnTrainer(Trainer):
         self.add_callback(FiniteGradients(lambda: (self.phase, [name for ids in self._step_ids for name in ids])))
         if self._examples:
             self.add_callback(StreamPosition(self._sampler, per_step))
+        self.stream_id = stream_id(self._examples, self._retain, (args.seed, per_step, args.retain_batch_size))
+        self.add_callback(Checkpointing(self, args.save_minutes))
         self._parts: dict[str, float] = {}
 
     def _encode(self, examples: Sequence[Example]) -> tuple[Encoded, ...]:
@@ -198,25 +205,44 @@ class UnlearnTrainer(Trainer):
         encoded = self._encode(examples)
         sums = torch.zeros(len(encoded))
         if self.inner_loss.loss.needs_reference and encoded:
-            own = self.inner_loss.ref_model is None
-            sums = self.policy.reference_sums(encoded) if own else self._sums_of(encoded)
+            other = self.inner_loss.ref_model
+            sums = self.policy.reference_sums(encoded) if other is None else self.policy.answer_sums(encoded, other)
         weights = [1.0 if row.weight is None else row.weight for row in examples]
         scale = len(weights) / math.fsum(weights) if weights else 1.0
         rows = zip(encoded, weights, sums.tolist(), strict=True)
         return tuple(Sample(item, weight * scale, ref, k) for k, (item, weight, ref) in enumerate(rows, first))
 
-    @torch.no_grad()
-    def _sums_of(self, encoded: Sequence[Encoded]) -> Tensor:
-        """Summed answer log-probabilities under ``ref_model``."""
-        out = torch.zeros(len(encoded))
-        for batch in token_batches(encoded, self.policy.token_budget):
-            rows = self.policy.collate([encoded[index] for index in batch])
-            out[batch] = answer_log_probs(self.inner_loss.ref_model, rows).sum.float().cpu()  # type: ignore[arg-type]
-        return out
-
     def _get_train_sampler(self, train_dataset: Any = None) -> StreamSampler:
         """Positions of the stream in order; the stream itself is shuffled."""
         return self._sampler
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Add the gradient of one micro-batch, in parts where memory runs out (in a run of one process).
+
+        Args:
+            model: the (possibly wrapped) model.
+            inputs: a batch of :class:`~u2a.stream.BatchMaker`.
+            num_items_in_batch: not used.
+
+        Returns:
+            Its loss.
+        """
+        self._step_ids.append([self._ids[k] for k in inputs["index"].tolist()])
+        step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        if self.args.world_size > 1:  # the others wait for as many backward passes
+            return step(inputs)
+        parameters, n = list(self.policy.trainable().values()), len(inputs["weight"])
+        return micro_batch(n, parameters, self.policy.limits, lambda k: [step(part) for part in split_rows(inputs, k)])
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Length of the gradient; one that is not finite is refused: clipping would turn the step into nothing."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.args.fp16 and norm is not None and not math.isfinite(norm):
+            ids = [name for batch in self._step_ids for name in batch]
+            raise NonFiniteError("gradient", self.phase, self.state.global_step, ids)
+        return norm
 
     def compute_loss(
         self,
@@ -240,8 +266,6 @@ class UnlearnTrainer(Trainer):
             NonFiniteError: a per-sample loss or the retain term is not finite.
         """
         ids = [self._ids[k] for k in inputs["index"].tolist()]
-        if model.training:
-            self._step_ids.append(ids)
         losses = self.inner_loss.per_sample(model, inputs)
         if not torch.isfinite(losses).all():
             bad = [name for name, loss in zip(ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
@@ -249,10 +273,12 @@ class UnlearnTrainer(Trainer):
         retain = self.inner_loss.retain(model, inputs)
         if retain is not None and not torch.isfinite(retain):
             raise NonFiniteError(f"retain term ({self.inner_loss.retain_term})", self.phase, self.state.global_step)
+        retain = None if retain is None else retain * inputs.get("retain_share", 1.0)
         loss = self.inner_loss.total(losses, inputs["weight"], retain)
-        self._parts = {"forget_loss": float((inputs["weight"] * losses.detach()).mean())} | (
-            {} if retain is None else {"retain_loss": float(retain.detach())}
-        )
+        earlier = self._parts if inputs.get("part") else {}  # of the same micro-batch
+        now = {"forget_loss": float((inputs["weight"] * losses.detach()).mean())}
+        now |= {} if retain is None else {"retain_loss": float(retain.detach())}
+        self._parts = earlier | {name: earlier.get(name, 0.0) + value for name, value in now.items()}
         return (loss, {"per_sample": losses}) if return_outputs else loss
 
     def train(self, *positional: Any, **named: Any) -> Any:
@@ -307,19 +333,6 @@ class UnlearnTrainer(Trainer):
             0.
         """
         return 0
-
-
-class _Fixed(torch.utils.data.Dataset[tuple[int, Sample]]):
-    """Samples in a fixed order, for evaluation."""
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self._samples = tuple(samples)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[int, Sample]:
-        return index, self._samples[index]
 
 
 def as_examples(rows: Rows | None, good: bool) -> tuple[Example, ...]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from u2a.callbacks import StepReporter
+from u2a.checkpoint import newest_whole
 from u2a.config import GuardSection, UnlearnSection
 from u2a.errors import ConfigError
 from u2a.guard import CollapseGuard, GuardResult
@@ -92,8 +92,8 @@ def unlearn(
         problem: candidates, retain rows and options.
         weights: omega by candidate id, >= 0; zero or absent = not in the set. Their scale does not matter.
         arm: name for the record and for error messages.
-        output_dir: checkpoints go (``section.save_steps`` > 0) into a folder in it that is named after problem and
-            weights; an interrupted run of the same problem found there is resumed.
+        output_dir: checkpoints go (``section.save_minutes``, ``section.save_steps``) into a folder in it that is named
+            after problem and weights; an interrupted run of the same problem found there is resumed.
         advance: progress, told one step at a time.
 
     Returns:
@@ -107,17 +107,19 @@ def unlearn(
     start = time.monotonic()
     policy.reset()
     encode = policy.encoder.encode
+    look_up_references(policy, problem)
     guard = None
     if problem.guard_rows:
         guard = CollapseGuard(
             policy, [encode(r.prompt, r.completion, r.source) for r in problem.guard_rows], problem.guard
         )
-    with _folder(None if output_dir is None else Path(output_dir) / _problem_id(problem, rows)) as folder:
+    with _folder(None if output_dir is None else Path(output_dir) / problem_id(problem, rows)) as folder:
         callbacks = [StepReporter(advance or Quiet()), *([guard] if guard else [])]
-        trainer = trainer_of(policy, problem, rows, folder, callbacks)
+        trainer = trainer_of(policy, problem if output_dir else _unsaved(problem), rows, folder, callbacks)
         trainer.phase = arm
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if problem.section.save_steps else None)
+        last = newest_whole(folder)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         steps = trainer.state.global_step
         settled = guard.settle(steps) if guard else None
         return UnlearnResult(
@@ -129,6 +131,21 @@ def unlearn(
             seconds=time.monotonic() - start,
             **_settled_fields(settled, steps),
         )
+
+
+def look_up_references(policy: Policy, problem: InnerProblem) -> None:
+    """Compute the reference log-probabilities of all candidates, where the loss needs them and they are not known.
+
+    In its last bits a sum depends on the rows that are in its batch. Whoever first needs some of them therefore asks
+    for all, so that a resumed process, which needs others first, finds the same numbers.
+
+    Args:
+        policy: the policy, which keeps them.
+        problem: the candidates and their loss.
+    """
+    if problem.loss.needs_reference:
+        rows = sorted(problem.forget, key=lambda row: row.id)
+        policy.reference_sums([policy.encoder.encode(row.prompt, row.completion, row.source) for row in rows])
 
 
 @dataclass
@@ -167,13 +184,27 @@ class InnerSolver:
         Returns:
             What was done; the policy is left at theta*(omega).
         """
-        key = (problem, tuple(sorted((name, weight) for name, weight in weights.items() if weight > 0)))
-        if key == self._key and self._result is not None:
+        if self._result is not None and self._key == _solved(problem, weights):
             self.policy.restore(self._theta)
             return self._result.model_copy(update={"arm": arm})
         result = unlearn(self.policy, problem, weights, arm, output_dir, advance)
-        self._key, self._result, self._theta = key, result, self.policy.snapshot()
+        self.remember(problem, weights, result)
         return result
+
+    def remember(self, problem: InnerProblem, weights: Mapping[str, float], result: UnlearnResult) -> None:
+        """Note that the policy stands at the solution of a problem.
+
+        Args:
+            problem: the problem.
+            weights: omega by candidate id.
+            result: what solving it did.
+        """
+        self._key, self._result, self._theta = _solved(problem, weights), result, self.policy.snapshot()
+
+
+def _solved(problem: InnerProblem, weights: Mapping[str, float]) -> tuple[Any, ...]:
+    """What two runs must have in common to be the same."""
+    return problem, tuple(sorted((name, weight) for name, weight in weights.items() if weight > 0))
 
 
 def weighted_rows(forget: tuple[Example, ...], weights: Mapping[str, float]) -> tuple[Example, ...]:
@@ -253,8 +284,9 @@ def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int)
         logging_steps=1,
         save_strategy="steps" if section.save_steps else "no",
         save_steps=section.save_steps or 500,
+        save_minutes=section.save_minutes,
         save_total_limit=2,
-        report_to=section.report_to,
+        report_to="none",  # the run's tracker is told what metrics.jsonl is told
         seed=problem.seed,
         disable_tqdm=True,
         use_cpu=policy.device.type == "cpu",
@@ -262,12 +294,26 @@ def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int)
     )
 
 
-def _problem_id(problem: InnerProblem, rows: tuple[Example, ...]) -> str:
-    """Content id of an inner problem and its weights, which the rows carry."""
+def problem_id(problem: InnerProblem, rows: tuple[Example, ...]) -> str:
+    """Content id of an inner problem and its weights.
+
+    Args:
+        problem: retain rows and options.
+        rows: candidates that carry their weights.
+
+    Returns:
+        The id; how often checkpoints are saved does not change it.
+    """
     sets = (rows, problem.retain, problem.guard_rows)
     texts = [content_id(*(row.model_dump_json() for row in each)) for each in sets]
-    options = (problem.section.model_dump_json(), problem.guard.model_dump_json(), str(problem.seed))
+    section = problem.section.model_dump_json(exclude={"report_to", "save_minutes", "save_steps"})
+    options = (section, problem.guard.model_dump_json(), str(problem.seed))
     return content_id(*texts, *options)
+
+
+def _unsaved(problem: InnerProblem) -> InnerProblem:
+    """The same problem, solved without checkpoints."""
+    return replace(problem, section=problem.section.model_copy(update={"save_minutes": 0.0, "save_steps": 0}))
 
 
 def _settled_fields(settled: GuardResult | None, steps: int) -> dict[str, Any]:

@@ -10,25 +10,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from u2a.bilevel.gains import Folds, Gains, OuterProblem, Reached, compute_gains, split_preference
+from u2a.bilevel.gains import Folds, Gains, OuterProblem, Reached, compute_gains, search_id, split_preference
 from u2a.bilevel.hypergrad import make_refining_adjoint
-from u2a.bilevel.objective import Objective, objective_values
+from u2a.bilevel.monitor import Monitor
+from u2a.bilevel.search_state import SearchState, load_state, save_state
 from u2a.bilevel.select import decide, top_block
 from u2a.bilevel.weight import drop_small, frank_wolfe_gap, refine, with_block
+from u2a.checkpoint import delete
 from u2a.config import SolveSection
-from u2a.errors import ConfigError, NonFiniteError
+from u2a.errors import ConfigError, NonFiniteError, OutOfMemory
 from u2a.modeling import Policy
 from u2a.progress import Console
 from u2a.record import derive_seed
+from u2a.signals import stopping
 from u2a.solution import Round, ScoreTable, Solution, WeightRow
 from u2a.stream import permutation
 from u2a.types import UnlearnResult
-from u2a.unlearn import InnerProblem, InnerSolver, unlearn
+from u2a.unlearn import InnerProblem, InnerSolver, look_up_references, unlearn
 
 __all__ = ["OuterProblem", "n_to_select", "random_weights", "score", "solve"]
 
@@ -87,20 +91,6 @@ def score(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Con
     return compute_gains(policy, inner, outer, split_preference(outer), Reached(inner.uniform()), console).table
 
 
-@dataclass
-class _State:
-    """What changes from round to round. ``weights`` is (candidates,) float64, all 0 before the first block."""
-
-    weights: Tensor
-    best_weights: Tensor
-    best_value: float = -math.inf
-    stale: int = 0
-    rounds: list[Round] = field(default_factory=list)
-    last: Gains | None = None
-    result: UnlearnResult | None = None
-    stopped: str = "rounds used up"
-
-
 def solve(
     inner_solver: InnerSolver,
     inner: InnerProblem,
@@ -131,36 +121,73 @@ def solve(
     policy = inner_solver.policy
     most = n_to_select(inner, outer)
     folds = split_preference(outer)
-    monitor = _Monitor(policy, outer.objective_value(), folds)
-    _warm_up(policy, inner, outer, console)
-    zero = torch.zeros(len(inner.forget), dtype=torch.float64)
-    state = _State(zero, zero)
+    with console.phase("reference"):
+        look_up_references(policy, inner)
+        if outer.section.objective == "dpo":  # the pairs' references, too, in one order whichever folds are read back
+            outer.objective_value().prepare(policy, sorted(outer.preference, key=lambda pair: pair.id))
+    monitor = Monitor(policy, outer.objective_value(), folds)
     steps = outer.section.inner_steps or inner.section.max_steps
-    inner = replace(inner, section=inner.section.model_copy(update={"max_steps": steps}))
-    search = _Search(inner_solver, inner, outer, folds, monitor, console, on_round)
-    for index in range(outer.section.rounds):
-        start = time.monotonic()
-        reached = Reached(_mapping(inner, state.weights) or inner.uniform(), state.result)
-        gains = compute_gains(policy, inner, outer, folds, reached, console)
-        if index == 0:
-            choice = decide(gains.statistics, gains.estimates, outer.section.fallback)
-            if choice != "none":
-                return _fallback(inner, outer, gains, choice, most)
-        gap = frank_wolfe_gap(state.weights, -gains.estimates) if bool(state.weights.any()) else None
-        certified = _certified(gains, gap, outer)
-        if certified:
-            state.stopped = certified
-            break
-        state.last = gains
-        added, dropped = _update(state, inner, outer, most)
-        if not bool(state.weights.any()):
-            state.stopped = "no candidate promises a gain"
-            break
-        search.try_weights(state, _Step(start, gains, gap, added, dropped))
-        if _stop(state, outer, bool(added)):
-            break
+    shortened = replace(inner, section=inner.section.model_copy(update={"max_steps": steps}))
+    search = _Search(inner_solver, shortened, outer, folds, monitor, console, on_round)
+    state = _resumed(search)
+    if state is None:
+        _warm_up(policy, inner, outer, console)
+        zero = torch.zeros(len(inner.forget), dtype=torch.float64)
+        state = SearchState(zero, zero)
+    while state.searching:
+        fallback = _round(search, state, most)
+        if fallback is not None:
+            return fallback
+        save_state(state, policy, outer.checkpoints, search.id)
+        _forget_parts(outer)
+        stopping.check()
     _refine_on_selected(search, state)
     return _solution(inner, state, "none" if bool(state.best_weights.any()) else "empty")
+
+
+def _forget_parts(outer: OuterProblem) -> None:
+    """Remove what was kept within a round, which is over."""
+    if outer.checkpoints is not None:
+        delete(outer.checkpoints / "inner")
+        delete(outer.checkpoints / "parts")
+
+
+def _resumed(search: _Search) -> SearchState | None:
+    """Where a search that was stopped stands, with the policy put there, or None."""
+    state = load_state(search.solver.policy, search.outer.checkpoints, search.id)
+    if state is None:
+        return None
+    search.console.say(f"  search for weights: goes on after {len(state.rounds)} rounds")
+    if state.result is not None:
+        search.solver.remember(search.inner, _mapping(search.inner, state.weights), state.result)
+    if search.on_round:
+        for record in state.rounds:
+            search.on_round(record)
+    return state
+
+
+def _round(search: _Search, state: SearchState, most: int) -> Solution | None:
+    """One round; returns the solution of a search that falls back in its first."""
+    inner, outer, start = search.inner, search.outer, time.monotonic()
+    reached = Reached(_mapping(inner, state.weights) or inner.uniform(), state.result)
+    gains = compute_gains(search.solver.policy, inner, outer, search.folds, reached, search.console)
+    if not state.rounds:
+        choice = decide(gains.statistics, gains.estimates, outer.section.fallback)
+        if choice != "none":
+            return _fallback(inner, outer, gains, choice, most)
+    gap = frank_wolfe_gap(state.weights, -gains.estimates) if bool(state.weights.any()) else None
+    certified = _certified(gains, gap, outer)
+    if certified:
+        state.ended(certified)
+        return None
+    state.last = gains.table
+    added, dropped = _update(state, gains, inner, outer, most)
+    if not bool(state.weights.any()):
+        state.ended("no candidate promises a gain")
+        return None
+    search.try_weights(state, _Step(start, gains, gap, added, dropped))
+    _stop(state, outer, bool(added))
+    return None
 
 
 @dataclass(frozen=True)
@@ -182,21 +209,27 @@ class _Search:
     inner: InnerProblem
     outer: OuterProblem
     folds: Folds
-    monitor: _Monitor
+    monitor: Monitor
     console: Console
     on_round: Callable[[Round], None] | None
 
+    @property
+    def id(self) -> str:
+        """Hash of what the search depends on."""
+        return search_id(self.inner, self.outer)
+
     def inner_run(self, weights: Tensor, label: str) -> UnlearnResult:
         """Bring the policy to theta*(omega)."""
-        with self.console.phase(f"inner run, {label}", self.inner.section.max_steps, "steps") as advance:
-            return self.solver(self.inner, _mapping(self.inner, weights), label, advance=advance)
+        with self.console.phase(f"inner run, {label}", self.inner.section.max_steps, "steps", saves=True) as advance:
+            return self.solver(self.inner, _mapping(self.inner, weights), label, _runs(self.outer), advance)
 
-    def try_weights(self, state: _State, step: _Step) -> None:
+    def try_weights(self, state: SearchState, step: _Step) -> None:
         """Solve the inner problem at the trial weights, judge them by J there, and record the round."""
-        state.result = result = self.inner_run(
-            state.weights, f"round {len(state.rounds) + 1}" if step.added else "final weights"
-        )
-        value_pa, value_heldout = self.monitor.measure()
+        label = f"round {len(state.rounds) + 1}" if step.added else "final weights"
+        state.result = result = self.inner_run(state.weights, label)
+        with self.console.phase("measure round"):
+            value_pa, value_heldout = self.monitor.measure()
+            reward = self.outer.probe(self.solver.policy) if self.outer.probe else None
         record = Round(
             index=len(state.rounds),
             objective_pa=value_pa,
@@ -208,7 +241,7 @@ class _Search:
             dropped=step.dropped,
             accepted=_judge(state, value_pa if value_heldout is None else value_heldout),
             split_half=step.gains.table.reliability.split_half,
-            reward=self.outer.probe(self.solver.policy) if self.outer.probe else None,
+            reward=reward,
             seconds=time.monotonic() - step.start,
         )
         state.rounds.append(record)
@@ -225,7 +258,7 @@ def _certified(gains: Gains, gap: float | None, outer: OuterProblem) -> str:
     return "Frank-Wolfe gap below tolerance" if gap <= outer.section.gap_tol * _unit(gains) else ""
 
 
-def _refine_on_selected(search: _Search, state: _State) -> None:
+def _refine_on_selected(search: _Search, state: SearchState) -> None:
     """Re-optimise omega on the selected set S at its own inner solution; kept only if J, measured again, rises."""
     section, best = search.outer.section, state.best_weights
     chosen = [k for k in range(len(best)) if float(best[k]) > 0]
@@ -242,7 +275,7 @@ def _refine_on_selected(search: _Search, state: _State) -> None:
     adjoint, policy = make_refining_adjoint(section), search.solver.policy
     try:
         gains = compute_gains(policy, inner, search.outer, folds, reached, search.console, adjoint)
-    except (ConfigError, NonFiniteError) as error:  # a run that cannot be differentiated: the search stands as it is
+    except (ConfigError, NonFiniteError, OutOfMemory) as error:  # the run cannot be differentiated
         state.stopped += f"; the weights were not refined ({error})"
         return
     refined = _refined(best[chosen], gains, section)
@@ -254,35 +287,19 @@ def _refine_on_selected(search: _Search, state: _State) -> None:
     search.try_weights(state, _Step(start, gains, frank_wolfe_gap(best[chosen], -gains.estimates), (), dropped))
 
 
-class _Monitor:
-    """J on the PA folds and on the held-out pairs."""
-
-    def __init__(self, policy: Policy, objective: Objective, folds: Folds) -> None:
-        self._policy, self._objective = policy, objective
-        self._pairs = [pair for fold in folds.folds for pair in fold]
-        self._heldout = list(folds.heldout)
-
-    def measure(self) -> tuple[float, float | None]:
-        """(J on the PA pairs, J on the held-out pairs or None) at the policy's current theta.
-
-        An objective that draws answers draws them anew at each call, since its value holds where they were drawn.
-
-        Returns:
-            The two means.
-        """
-        sets = [self._objective.prepare(self._policy, pairs) for pairs in (self._pairs, self._heldout)]
-        values = [objective_values(self._objective, self._policy, items) for items in sets]
-        return float(values[0].mean()), float(values[1].mean()) if len(values[1]) else None
-
-
 def _warm_up(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Console) -> None:
     """A few uniform steps, since at LoRA's start (B = 0) the gradient with respect to A vanishes."""
     steps = outer.section.warmup_steps
     if steps == 0:
         policy.reset()
         return
-    with console.phase("warm-up", steps, "steps") as advance:
-        unlearn(policy, inner.shortened(steps), inner.uniform(), arm="warm-up", advance=advance)
+    with console.phase("warm-up", steps, "steps", saves=True) as advance:
+        unlearn(policy, inner.shortened(steps), inner.uniform(), "warm-up", _runs(outer), advance)
+
+
+def _runs(outer: OuterProblem) -> Path | None:
+    """Where inner runs keep their checkpoints."""
+    return None if outer.checkpoints is None else outer.checkpoints / "inner"
 
 
 def _unit(gains: Gains) -> float:
@@ -292,11 +309,10 @@ def _unit(gains: Gains) -> float:
 
 
 def _update(
-    state: _State, inner: InnerProblem, outer: OuterProblem, most: int
+    state: SearchState, gains: Gains, inner: InnerProblem, outer: OuterProblem, most: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Try a block: add it, refine the weights, drop small ones; returns ids. What J does then decides on it."""
-    gains, section = state.last, outer.section
-    assert gains is not None
+    section = outer.section
     ids = [row.id for row in inner.forget]
     taken = (state.weights > 0).tolist()
     size = min(math.ceil(most / section.rounds), most - sum(taken))
@@ -318,7 +334,7 @@ def _refined(weights: Tensor, gains: Gains, section: SolveSection) -> Tensor:
     return drop_small(moved, section.drop_below)
 
 
-def _judge(state: _State, value: float) -> bool:
+def _judge(state: SearchState, value: float) -> bool:
     """Accept the trial weights when J, measured at their inner solution, is the best so far; remember them then.
 
     The finite step is measured instead of predicted: linear gains alone would always prefer the one best candidate,
@@ -334,39 +350,32 @@ def _judge(state: _State, value: float) -> bool:
     return False
 
 
-def _stop(state: _State, outer: OuterProblem, added: bool) -> bool:
-    """True when J has been stale for too long (the best round is returned) or no candidate was left to add."""
+def _stop(state: SearchState, outer: OuterProblem, added: bool) -> None:
+    """End the rounds when J has been stale for too long, no candidate was left to add, or they are used up."""
     if state.stale >= outer.section.patience:
-        state.stopped = "held-out J no longer rises (rolled back to the best round)"
-        return True
-    if not added:
-        state.stopped = "no acceptable candidate"
-        return True
-    return False
+        state.ended("held-out J no longer rises (rolled back to the best round)")
+    elif not added:
+        state.ended("no acceptable candidate")
+    elif len(state.rounds) >= outer.section.rounds:
+        state.ended("rounds used up")
 
 
 def _mapping(inner: InnerProblem, weights: Tensor) -> dict[str, float]:
     return {row.id: float(w) for row, w in zip(inner.forget, weights, strict=True) if float(w) > 0}
 
 
-def _solution(inner: InnerProblem, state: _State, fallback: str) -> Solution:
+def _solution(inner: InnerProblem, state: SearchState, fallback: str) -> Solution:
     assert state.last is not None
-    estimates = state.last.estimates
+    estimates = [row.estimate for row in state.last.rows]
     rows = []
     for k, row in enumerate(inner.forget):
         weight = float(state.best_weights[k])
-        reason = (
-            "selected"
-            if weight > 0
-            else "no gain promised"
-            if float(estimates[k]) <= 0
-            else "ranked below the selected"
-        )
-        rows.append(WeightRow(id=row.id, weight=weight, estimate=float(estimates[k]), reason=reason))
+        reason = "selected" if weight > 0 else "no gain promised" if estimates[k] <= 0 else "ranked below the selected"
+        rows.append(WeightRow(id=row.id, weight=weight, estimate=estimates[k], reason=reason))
     return Solution(
         rows=tuple(rows),
         rounds=tuple(state.rounds),
-        scores=state.last.table,
+        scores=state.last,
         stopped=state.stopped,
         fallback=fallback,  # type: ignore[arg-type]
     )
