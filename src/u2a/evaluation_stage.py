@@ -6,9 +6,11 @@ to every arm. Files are read and checked before any model is loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from u2a.config import RewardSection
 from u2a.config_evaluation import JudgeSection, RobustnessSection
@@ -40,13 +42,14 @@ from u2a.jsonl_cache import JsonlCache
 from u2a.model_loading import load_model
 from u2a.modeling import Params, Policy
 from u2a.pipeline import NOT_UNLEARNED, SOLUTION_ARM, TRAINED_HERE, Pipeline
-from u2a.record import derive_seed
+from u2a.record import content_id, derive_seed
 from u2a.reward.analysis import build_reward_model, split_reward_pairs
 from u2a.reward.base import RewardModel, prompt_text
 from u2a.reward.card import reward_card
 from u2a.robustness.attacks import PROMPT_ATTACKS, PromptAttack, Turns, load_paraphrases
 from u2a.robustness.pack import (
     AnswerMeasure,
+    Found,
     Measures,
     RobustnessData,
     RobustnessOptions,
@@ -117,7 +120,8 @@ class EvaluationStage:
             model = build_reward_model(section, pairs, None, seed, self._pipeline.console)
             if model is not None:
                 trained = len(pairs) if section.model in TRAINED_HERE else 0
-                found.append((model, reward_card(model, partition.evaluation, trained, seed=seed)))
+                with self._pipeline.console.phase("reward card"):
+                    found.append((model, reward_card(model, partition.evaluation, trained, seed=seed)))
         if len({model.name for model, _ in found}) < len(found):
             raise ConfigError("reward.second_model: the same model as reward.eval_model (it would agree with itself)")
         return found
@@ -275,9 +279,9 @@ class EvaluationStage:
         options.append(config.evaluation.model_dump(include={"max_new_tokens", "bootstrap"}))
         options.append(config.reward.model_dump(include={"eval_model", "eval_name_or_path"}))
         key = pipeline.key("robustness", source, *options)
-        return pipeline.store.saved("robustness", RobustnessTable, key, self._attacked)
+        return pipeline.store.saved("robustness", RobustnessTable, key, lambda: self._attacked(key))
 
-    def _attacked(self) -> RobustnessTable:
+    def _attacked(self, key: str) -> RobustnessTable:
         pipeline, config, section = self._pipeline, self._config, self._config.robustness
         partition = pipeline.partition
         arms: dict[str, Params] = {"before": pipeline.policy.theta0}
@@ -304,7 +308,9 @@ class EvaluationStage:
             seed=seed,
         )
         measures = Measures(rows=mean_log_probs, answers=self._answer_measure(prompts) if prompts else None)
-        return robustness(pipeline.policy, data, measures, options, pipeline.console)
+        cache = JsonlCache(pipeline.dir / "cache" / "robustness.jsonl")
+        keep = partial(_kept, cache, key)
+        return robustness(pipeline.policy, data, measures, options, pipeline.console, keep)
 
     def _answer_measure(self, prompts: Mapping[str, Turns]) -> AnswerMeasure:
         """Answers under changed prompts, scored against the prompts as they were asked."""
@@ -345,6 +351,21 @@ def make_judge(section: JudgeSection, cache: Path) -> Judge:
 def _asker(section: JudgeSection, cache: Path) -> Asker:
     endpoint = HttpEndpoint(url=str(section.url), model=section.model, key_env=section.key_variable)
     return Asker(endpoint, JsonlCache(cache / "verdicts.jsonl"))
+
+
+def _kept(cache: JsonlCache, key: str, name: str, measure: Callable[[], Found]) -> Found:
+    """Read the values of a condition back, or measure and keep them; what is not a number is kept as its name."""
+    place = content_id(key, name)
+    if cache.get(place) is None:
+        found = measure()
+        cache.put_many({place: _each(found, lambda value: value if math.isfinite(value) else str(value))})
+        return found
+    return _each(cache.get(place), float)
+
+
+def _each(found: Any, change: Callable[[Any], Any]) -> Any:
+    """The same nested dictionaries with changed values."""
+    return {key: _each(item, change) for key, item in found.items()} if isinstance(found, dict) else change(found)
 
 
 def _has_unscored(result: ArmResult) -> bool:

@@ -11,6 +11,8 @@ from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
+from u2a.signals import stopping
+
 
 class Advance(Protocol):
     """Anything that can be told how far the work has got."""
@@ -67,6 +69,17 @@ class _Lines:
         print(f"  {self._name}: done in {seconds:.1f} s", file=self._stream, flush=True)
 
 
+class _Stoppable:
+    """Counts work, and stops between two units of it when that was asked for."""
+
+    def __init__(self, shown: Advance) -> None:
+        self._shown = shown
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._shown.advance(n, note)
+        stopping.check()
+
+
 class Console:
     """Shows phases and keeps their wall time.
 
@@ -85,24 +98,26 @@ class Console:
         self._depth = 0
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None, unit: str = "items") -> Iterator[Advance]:
+    def phase(self, name: str, total: int | None = None, unit: str = "items", saves: bool = False) -> Iterator[Advance]:
         """Time and show one phase.
 
         Args:
             name: phase name; nested phases are shown but only the outermost is timed.
             total: items to do, if known.
             unit: what an item is.
+            saves: the work saves on the way and stops itself after a save; any other stops where it advances.
 
         Yields:
-            The object to advance.
+            The object to advance, between two units of work and never within a save: it raises ``Stopped`` when a
+            signal asked for that.
         """
         self._depth += 1
         start = time.monotonic()
         shown = None
-        if not self._quiet:
-            shown = (_Bar if self._stream.isatty() else _Lines)(name, total, unit, self._stream)
         try:
-            yield shown or Quiet()
+            if not self._quiet:
+                shown = (_Bar if self._stream.isatty() else _Lines)(name, total, unit, self._stream)
+            yield (shown or Quiet()) if saves else _Stoppable(shown or Quiet())
         finally:
             self._depth -= 1
             if shown:

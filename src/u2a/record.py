@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
-from u2a.errors import RecordError
+from u2a import disk
+from u2a.errors import RecordError, WriteError
 
 SCHEMA = 1
 
@@ -77,26 +79,45 @@ def write_whole(path: Path, text: str) -> None:
     Args:
         path: target; its parent is created.
         text: content, written as UTF-8.
+
+    Raises:
+        WriteError: the system refused it; the old content stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with writing(path), disk.whole_file(path) as part:
+        disk.write(part, text.encode("utf-8"))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is written into one clear error.
+
+    Args:
+        path: the file or directory, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        WriteError: the system refused it.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        yield
+    except (OSError, SafetensorError) as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        raise WriteError(path, one_line(said or str(error))) from None
 
 
-def _umask() -> int:
-    """The process's file mode mask (mkstemp ignores it)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def sweep(folder: Path) -> int:
+    """Clear away what killed processes left unfinished below a folder that nobody else writes to now.
+
+    Args:
+        folder: a run's directory.
+
+    Returns:
+        Files and folders cleared away or put back (see :func:`u2a.disk.recover`).
+    """
+    with writing(folder):
+        return len(disk.recover(folder, deep=True))
 
 
 class Row(BaseModel):

@@ -7,15 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 from pydantic import Field, TypeAdapter
-from safetensors.torch import load_file
-from torch import Tensor
 
 from u2a.errors import RecordError
+from u2a.metrics_log import MetricsLog
 from u2a.progress import Console, peak_rss_bytes
 from u2a.record import Record, Row, one_line, refuse_foreign_link, write_whole
 from u2a.solution import Round
+from u2a.trackers import Tracker
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -27,6 +26,7 @@ class _Entry(Row):
     key: str
     seconds: dict[str, Seconds]
     peak_rss_bytes: int
+    batch_limits: dict[str, int] = {}
 
 
 _STAGES = TypeAdapter(dict[str, _Entry])
@@ -41,12 +41,15 @@ class StageStore:
     Args:
         folder: the run's directory.
         console: prints, and times phases.
+        tracker: also told what is logged, or None.
     """
 
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.folder, self._console = folder, console
+    def __init__(self, folder: Path, console: Console, tracker: Tracker | None = None) -> None:
+        self.folder, self._console, self._tracker = folder, console, tracker
+        self._log = MetricsLog(folder / "metrics.jsonl")
         self._memory: dict[str, Record] = {}
         self._used: dict[str, None] = {}
+        self._batch_limits: dict[str, int] = {}
 
     def saved(self, name: str, kind: type[AnyRecord], key: str, compute: Callable[[], AnyRecord]) -> AnyRecord:
         """Read a record back when its key is the saved one, else compute and save it.
@@ -70,6 +73,7 @@ class StageStore:
         else:
             before = dict(self._console.seconds)
             record = compute()
+            self.drop(name)  # a kill between the next two lines would else leave a new record under an old key
             record.save(path)
             self.mark(name, key, before)
         self._memory[name] = record
@@ -120,6 +124,17 @@ class StageStore:
             self._used[name] = None
         return done
 
+    def finished(self) -> list[str]:
+        """Names of what is complete and saved, under whatever key.
+
+        Returns:
+            Stages and records in the order they were made; nothing when ``stages.json`` cannot be read.
+        """
+        try:
+            return list(self._stages())
+        except RecordError:
+            return []
+
     def mark(self, name: str, key: str, before: Mapping[str, float]) -> None:
         """Note that a stage is complete.
 
@@ -133,7 +148,8 @@ class StageStore:
             for phase, total in self._console.seconds.items()
             if total > before.get(phase, 0.0)
         }
-        entry = _Entry(key=key, seconds=seconds, peak_rss_bytes=peak_rss_bytes())
+        limits = dict(self._batch_limits)
+        entry = _Entry(key=key, seconds=seconds, peak_rss_bytes=peak_rss_bytes(), batch_limits=limits)
         self._used[name] = None
         stages = self._stages() | {name: entry}
         write_whole(self.folder / "stages.json", _STAGES.dump_json(stages, indent=1).decode() + "\n")
@@ -158,31 +174,54 @@ class StageStore:
         """
         return max([peak_rss_bytes(), *(entry.peak_rss_bytes for entry in self._entries_used())])
 
+    def note_smaller_batches(self, name: str, size: int) -> None:
+        """Note that memory ran out and batches are smaller from here on.
+
+        Args:
+            name: what got smaller.
+            size: its new size.
+        """
+        self._batch_limits[name] = size
+        self._console.say(f"  out of memory: {name} at most {size} from here on")
+        self.log("out_of_memory", {"what": name, "at_most": size})
+
+    def batch_limits(self) -> dict[str, int]:
+        """The smallest batches that lack of memory led to in what the present result rests on.
+
+        Returns:
+            Sizes by name; empty where memory sufficed.
+        """
+        out = dict(self._batch_limits)
+        for entry in self._entries_used():
+            for name, size in entry.batch_limits.items():
+                out[name] = min(size, out.get(name, size))
+        return out
+
     def drop(self, name: str) -> None:
-        """Forget that a record is up to date, so that it is made again.
+        """Forget that a record is up to date, so that it is made again; before it is replaced, too.
 
         Args:
             name: record.
         """
         self._memory.pop(name, None)
+        if name not in self._stages():
+            return
         left = {other: entry for other, entry in self._stages().items() if other != name}
         write_whole(self.folder / "stages.json", _STAGES.dump_json(left, indent=1).decode() + "\n")
 
     def log(self, event: str, data: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``.
+        """Add one line to ``metrics.jsonl``, and tell the tracker.
 
         Args:
             event: what happened.
             data: its numbers.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        refuse_foreign_link(path)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **data}, allow_nan=False) + "\n")
+        self._log.add(event, data)
+        if self._tracker is not None:
+            self._tracker.log(event, data)
 
     def log_round(self, record: Round) -> None:
-        """Append one round of selection to ``metrics.jsonl``.
+        """Add one round of selection to ``metrics.jsonl``.
 
         Args:
             record: the round.
@@ -202,36 +241,3 @@ class StageStore:
         except (OSError, ValueError, RecursionError) as error:
             reason = one_line("; ".join(str(error).splitlines()))
             raise RecordError(f"{path}: unreadable ({reason}); delete it to run every stage again") from None
-
-
-def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read tensors that must be exactly those of a model: no name more or less, no other shape or dtype.
-
-    Args:
-        path: a safetensors file.
-        like: tensors by name, as the model has them.
-
-    Returns:
-        The tensors, finite, on the CPU.
-
-    Raises:
-        RecordError: anything else; no part of it is used.
-    """
-    refuse_foreign_link(path)
-    remedy = "delete it and run its stage again"
-    try:
-        found = load_file(path)
-    except Exception as error:  # a damaged file makes its reader raise anything
-        raise RecordError(f"{path}: not a safetensors file ({one_line(str(error))}); {remedy}") from None
-    if found.keys() != like.keys():
-        name = min(found.keys() ^ like.keys())
-        state = "lacks" if name in like else "holds besides"
-        raise RecordError(f"{path}: weights of another model, it {state} {one_line(name)!r}; {remedy}")
-    for name, value in like.items():
-        tensor = found[name]
-        if (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
-            is_, wanted = (f"{item.dtype} {list(item.shape)}" for item in (tensor, value))
-            raise RecordError(f"{path}: {name}: {is_}, the model has {wanted}; {remedy}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise RecordError(f"{path}: {name}: holds numbers that are not finite; {remedy}")
-    return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from u2a.data import prompt_key
 from u2a.errors import ConfigError, DataError
 from u2a.modeling import Params, Policy
-from u2a.progress import Advance, Console
+from u2a.progress import Console
 from u2a.record import derive_seed
 from u2a.robustness.attacks import PROMPT_ATTACKS, PromptAttack, Turns
 from u2a.robustness.quantise import GROUP, SCHEMES, Scheme, quantised, quantised_frac
@@ -28,6 +28,11 @@ RowMeasure = Callable[[Policy, Sequence[Example]], Values]
 """Likelihood-based: values by the rows' ids at the current theta."""
 AnswerMeasure = Callable[[Policy, Mapping[str, Turns]], Values]
 """Answers-based: values by the prompts' ids. The turns may be changed by an attack; judge against the originals."""
+
+Found = dict[str, dict[str, dict[str, float]]]
+"""Value by item id, by metric name, by condition."""
+Keep = Callable[[str, Callable[[], Found]], Found]
+"""Measures, or reads an earlier measurement of this name back."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,12 @@ class _Plan:
 
 
 def robustness(
-    policy: Policy, data: RobustnessData, measures: Measures, options: RobustnessOptions, progress: Console
+    policy: Policy,
+    data: RobustnessData,
+    measures: Measures,
+    options: RobustnessOptions,
+    progress: Console,
+    keep: Keep = lambda _, measure: measure(),
 ) -> RobustnessTable:
     """Measure every arm under every condition; the policy is afterwards what it was, bit for bit.
 
@@ -166,6 +176,8 @@ def robustness(
             are not finite are counted and left out.
         options: what is tried.
         progress: shows a phase ``robustness ARM`` for each arm.
+        keep: given the name of something done to an arm and what measures it, returns the same measurement or an
+            earlier one; it lets a stopped pack go on.
 
     Returns:
         The table.
@@ -182,8 +194,12 @@ def robustness(
     try:
         for name, parameters in data.arms.items():
             policy.restore(parameters)
+            arms[name] = measured = {}
             with progress.phase(f"robustness {name}", total=plan.n_conditions, unit="conditions") as bar:
-                arms[name] = dict(_conditions(policy, plan, bar))
+                for condition, measure in _conditions(policy, plan):
+                    found = keep(f"{name}: {condition}", measure)
+                    measured |= found
+                    bar.advance(len(found), condition)
     finally:
         policy.restore(theta)
     return RobustnessTable(
@@ -242,31 +258,30 @@ def _plan(data: RobustnessData, measures: Measures, options: RobustnessOptions) 
     return _Plan(measures, options, {name: rows for name, rows in sets.items() if rows}, prompts, attacks, groups)
 
 
-def _conditions(policy: Policy, plan: _Plan, bar: Advance) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-    """Measure one arm, the policy's current theta, condition by condition."""
-    options = plan.options
-    yield NONE, _measure(policy, plan)
-    bar.advance(1, NONE)
+def _conditions(policy: Policy, plan: _Plan) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """What is done to one arm, the policy's current theta: names, and what measures the conditions under them."""
+    options, relearning = plan.options, plan.options.relearning
+    yield NONE, lambda: {NONE: _measure(policy, plan)}
     for scheme in options.schemes:
-        with quantised(policy, scheme, options.group):
-            found = _measure(policy, plan)
-        yield scheme, found
-        bar.advance(1, scheme)
+        yield scheme, lambda scheme=scheme: {scheme: _quantised(policy, plan, scheme)}
     for attack in options.attacks:
-        yield f"prompt {attack.name}", _measure(policy, plan, attack)
-        bar.advance(1, attack.name)
-    if options.relearning is None:
+        name = f"prompt {attack.name}"
+        yield name, lambda name=name, attack=attack: {name: _measure(policy, plan, attack)}
+    if relearning is None:
         return
-
-    def look(now: Policy) -> dict[str, dict[str, float]]:
-        found = _measure(now, plan)
-        bar.advance(1, "relearn")
-        return found
-
     measured = [row for each in plan.rows.values() for row in each]
     for name, rows in plan.attacks.items():
-        for step, found in relearn(policy, rows, measured, look, options.relearning).items():
-            yield f"relearn {name} @{step}", found
+
+        def relearned(name: str = name, rows: tuple[Example, ...] = rows) -> Found:
+            curve = relearn(policy, rows, measured, lambda now: _measure(now, plan), relearning)
+            return {f"relearn {name} @{step}": found for step, found in curve.items()}
+
+        yield f"relearn {name}", relearned
+
+
+def _quantised(policy: Policy, plan: _Plan, scheme: Scheme) -> dict[str, dict[str, float]]:
+    with quantised(policy, scheme, plan.options.group):
+        return _measure(policy, plan)
 
 
 def _measure(policy: Policy, plan: _Plan, attack: PromptAttack | None = None) -> dict[str, dict[str, float]]:
