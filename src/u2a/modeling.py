@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from u2a.adapter import add_adapter, fused_lora, refuse_adapter, remove_chance
+from u2a.batch_size import BatchLimits, forward_batches
 from u2a.config import AdapterConfig
-from u2a.encoding import Batch, Encoded, Encoder, collate, token_batches
+from u2a.encoding import Batch, Encoded, Encoder, collate
 from u2a.errors import ModelError, NonFiniteError
 
 Params = dict[str, Tensor]
@@ -103,6 +104,10 @@ class Policy:
         token_budget: tokens per forward batch, padding included.
         seed: seed of the adapter's initial weights.
 
+    Attributes:
+        limits: the largest batches that fitted, once memory has run out.
+        answer_limits: the same for generating answers, in prompts.
+
     Raises:
         ModelError: the model carries an adapter already, the adapter cannot be made, changes the model from the start
             or holds more than LoRA matrices, nothing is trainable, or what is has 16 bits.
@@ -122,6 +127,7 @@ class Policy:
         self.encoder = Encoder(tokenizer, max_length, end_ids(model))
         self.token_budget = token_budget
         self.has_adapter = isinstance(adapter, LoraConfig) or adapter.enabled
+        self.limits, self.answer_limits = BatchLimits(), BatchLimits("generation", "prompts")
         self.model: nn.Module = add_adapter(model, adapter, seed) if self.has_adapter else model.requires_grad_(True)
         remove_chance(self.model)
         self.model.eval()
@@ -206,19 +212,25 @@ class Policy:
         return answer_log_probs(self.model, self.collate(encoded))
 
     @torch.no_grad()
-    def answer_sums(self, encoded: Sequence[Encoded]) -> Tensor:
+    def answer_sums(self, encoded: Sequence[Encoded], model: nn.Module | None = None) -> Tensor:
         """Summed answer log-probabilities at the current theta, in evaluation mode, batched by length.
 
         Args:
             encoded: any number of sequences.
+            model: another model with the same tokenizer, or None for the policy's.
 
         Returns:
             (n,) float32 on the CPU, in the order given.
         """
+
+        def compute(batch: list[int]) -> Tensor:
+            return answer_log_probs(reader, self.collate([encoded[index] for index in batch])).sum.float().cpu()
+
+        reader = self.model if model is None else model
         out = torch.zeros(len(encoded))
-        with evaluation_mode(self.model), fused_lora(self.model):
-            for batch in token_batches(encoded, self.token_budget):
-                out[batch] = self.log_probs([encoded[index] for index in batch]).sum.float().cpu()
+        with evaluation_mode(reader), fused_lora(reader):
+            for batch, sums in forward_batches(encoded, self.token_budget, self.limits, compute):
+                out[batch] = sums
         return out
 
     def reference_sums(self, encoded: Sequence[Encoded]) -> Tensor:

@@ -13,6 +13,7 @@ from u2a.bilevel.candidates import CandidateLosses
 from u2a.bilevel.inner_terms import InnerTerms
 from u2a.config import SolveSection
 from u2a.modeling import Params, Policy
+from u2a.parts import Parts
 from u2a.progress import Console
 from u2a.record import derive_seed
 from u2a.solution import SolveStatus
@@ -33,6 +34,7 @@ class InnerPoint:
         section: options of the outer problem (scorer, rows of the curvature).
         seed: seed of random draws.
         result: what the run did (steps kept, line search), or None for all its steps.
+        parts: where what is found here is kept, for a run that is stopped.
     """
 
     policy: Policy
@@ -42,6 +44,7 @@ class InnerPoint:
     section: SolveSection
     seed: int = 0
     result: UnlearnResult | None = None
+    parts: Parts = Parts()
 
     @property
     def steps(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -60,7 +61,9 @@ class BatchedBackward:
         for start in range(0, len(directions), self.chunk):
             chosen = directions[start : start + self.chunk]
             with _taps(losses.policy, chosen) as taps, torch.enable_grad():
-                parts.append(losses.filled(lambda batch, taps=taps: taps.measure(losses, batch), taps.n + 1, advance))
+                name = f"{self.name} {start}"
+                measure = partial(taps.measure, losses)
+                parts.append(losses.filled(measure, taps.n + 1, advance, name))
         base = parts[0][:, 0].contiguous()
         losses.check(base)
         return Slopes(torch.cat([part[:, 1:] for part in parts], 1), base)

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from u2a.adapter import fused_lora
+from u2a.batch_size import in_parts
 from u2a.bilevel.vectors import dot
 from u2a.encoding import Encoded, token_batches
 from u2a.errors import NonFiniteError
 from u2a.losses import GA, NPO, SFT, GradDiff, UnlearningLoss
 from u2a.modeling import AnswerLogProbs, Params, Policy, answer_log_probs
+from u2a.parts import Growing, Parts
 from u2a.progress import Advance, Quiet
 
 
@@ -35,6 +37,7 @@ class CandidateLosses:
         ids: candidate ids, for errors.
         known: (n,) l_k where the policy stands now, float64, CPU, if they have been computed already; they go out
             of date as soon as the policy moves.
+        parts: where numbers found at the theta where the policy stands are kept, for a run that is stopped.
     """
 
     policy: Policy
@@ -43,6 +46,7 @@ class CandidateLosses:
     reference_sums: Tensor
     ids: tuple[str, ...]
     known: Tensor | None = None
+    parts: Parts = Parts()
 
     def batches(self) -> list[list[int]]:
         """Indices by forward batch, sorted by length."""
@@ -62,7 +66,9 @@ class CandidateLosses:
         answers = answer_log_probs(self.policy.model, rows, parameters)
         return self.loss.per_sample(answers, self.reference_sums[list(batch)].to(answers.sum))
 
-    def filled(self, compute: Callable[[list[int]], Tensor], columns: int, advance: Advance) -> Tensor:
+    def filled(
+        self, compute: Callable[[list[int]], Tensor], columns: int, advance: Advance, name: str | None = None
+    ) -> Tensor:
         """Numbers of every candidate, batch by batch; several processes share the batches and all get all numbers.
 
         All processes of a distributed run must come here together, with the same candidates and the same theta.
@@ -71,30 +77,39 @@ class CandidateLosses:
             compute: from the indices of a batch to (batch, columns) numbers.
             columns: numbers per candidate.
             advance: progress, told candidates.
+            name: what is computed, among all that is computed at this theta: the numbers found are then kept every
+                few minutes, and a stopped run goes on from there; None keeps nothing.
 
         Returns:
             (n, columns) float64 on the CPU.
         """
-        out = torch.zeros(len(self.rows), columns, dtype=torch.float64)
         rank, count = _process()
+        kept = Growing(self.parts if count == 1 else Parts(), name, torch.zeros(len(self.rows), columns).double())
+        out = kept.values
         for number, batch in enumerate(self.batches()):
-            if number % count == rank:
-                out[batch] = compute(batch).cpu().double()
+            if number < kept.done:
+                advance.advance(len(batch))
+                continue
+            width = len(self.rows[batch[0]].input_ids)
+            for part, found in in_parts(batch, width, self.policy.limits, compute) if number % count == rank else ():
+                out[part] = found.cpu().double()
+            kept.grown(number + 1, last=number + 1 == len(self.batches()))
             advance.advance(len(batch))
         return summed_over_processes(out, self.policy.device)
 
     @torch.no_grad()
-    def values(self, advance: Advance | None = None) -> Tensor:
+    def values(self, advance: Advance | None = None, name: str | None = None) -> Tensor:
         """All losses at the current theta.
 
         Args:
             advance: progress, told candidates.
+            name: as for :meth:`filled`.
 
         Returns:
             (n,) float64 on the CPU.
         """
         with fused_lora(self.policy.model):
-            out = self.filled(lambda batch: self.of(batch)[:, None], 1, advance or Quiet())[:, 0]
+            out = self.filled(lambda batch: self.of(batch)[:, None], 1, advance or Quiet(), name)[:, 0]
         self.check(out)
         return out
 
@@ -121,7 +136,7 @@ class CandidateLosses:
             (n,) float64 on the CPU.
         """
         if self.known is None and not self._at_reference():
-            return self.values(advance)
+            return self.values(advance, "base")
         values = losses_at_reference(self) if self.known is None else self.known
         advance.advance(len(self.rows))
         self.check(values)
@@ -256,6 +271,15 @@ def _process() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def in_several_processes() -> bool:
+    """Whether this process is one of several that share the work.
+
+    Returns:
+        True in a distributed run.
+    """
+    return _process()[1] > 1
 
 
 def summed_over_processes(values: Tensor, device: torch.device) -> Tensor:

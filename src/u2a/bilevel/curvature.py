@@ -72,13 +72,16 @@ class HessianOperator:
         Returns:
             The product, accumulated in float32 or wider.
         """
+        with second_order_attention(self.terms.policy):
+            return self.terms.with_less_memory(lambda: self._product(vector))
+
+    def _product(self, vector: Params) -> Params:
         leaves = list(self.terms.policy.trainable().values())
         total = zeros_like(vector)
-        with second_order_attention(self.terms.policy):
-            for value in self.terms.scalars():
-                first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-                slope = _inner(first, vector)
-                add_gradients(total, torch.autograd.grad(slope, leaves, allow_unused=True))
+        for value in self.terms.scalars():
+            first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+            slope = _inner(first, vector)
+            add_gradients(total, torch.autograd.grad(slope, leaves, allow_unused=True))
         return total
 
 
@@ -123,13 +126,17 @@ class GaussNewtonOperator:
         Returns:
             The product, accumulated in float32 or wider.
         """
-        leaves = list(self.terms.policy.trainable().values())
-        total = zeros_like(vector)
         with second_order_attention(self.terms.policy):
-            for part in self.terms.parts():
-                add_gradients(total, _through_logits(part, leaves, vector))
+            total = self.terms.with_less_memory(lambda: self._product(vector))
         if self.terms.term == "proximal":
             total = plus(total, proximal_product(self.terms.policy, vector), self.terms.retain_weight)
+        return total
+
+    def _product(self, vector: Params) -> Params:
+        leaves = list(self.terms.policy.trainable().values())
+        total = zeros_like(vector)
+        for part in self.terms.parts():
+            add_gradients(total, _through_logits(part, leaves, vector))
         return total
 
 

@@ -42,9 +42,9 @@ class Central:
         sample = exact_sample(losses, directions) if self.step is None else None
         for column, u, length, step in _moves(losses, directions, sample or self.step, 0.003):
             with shifted(losses.policy, u, step):
-                above = losses.values(advance)
+                above = losses.values(advance, f"{self.name} {column} above")
             with shifted(losses.policy, u, -step):
-                below = losses.values(advance)
+                below = losses.values(advance, f"{self.name} {column} below")
             out[:, column] = (above - below) / (2.0 * step) * length
             base = (above + below) / 2.0
         return Slopes(out, losses.values() if base is None else base, sample)
@@ -78,7 +78,7 @@ class OneSided:
         sample = exact_sample(losses, directions) if self.step is None else None
         for column, u, length, step in _moves(losses, directions, sample or self.step, 0.001):
             with shifted(losses.policy, u, step):
-                above = losses.values(advance)
+                above = losses.values(advance, f"{self.name} {column} above")
             out[:, column] = (above - base) / step * length
         return Slopes(out, base, sample)
 

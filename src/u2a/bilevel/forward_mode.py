@@ -36,5 +36,5 @@ class ForwardMode:
                 def both(batch: list[int], tangent: Params = tangent) -> Tensor:
                     return torch.stack(torch.func.jvp(lambda p: losses.of(batch, p), (theta,), (tangent,))[:2], 1)
 
-                base, out[:, column] = losses.filled(both, 2, advance).T.contiguous()
+                base, out[:, column] = losses.filled(both, 2, advance, f"{self.name} {column}").T.contiguous()
         return Slopes(out, base)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from u2a.batch_size import forward_batches
 from u2a.bilevel.adjoint import Adjoint, InnerPoint
-from u2a.bilevel.candidates import CandidateLosses
+from u2a.bilevel.candidates import CandidateLosses, in_several_processes
+from u2a.bilevel.fold_gradients import fold_gradients
 from u2a.bilevel.hypergrad import make_adjoint
 from u2a.bilevel.objective import (
     DPO,
@@ -17,22 +21,22 @@ from u2a.bilevel.objective import (
     Margin,
     Objective,
     ObjectiveGradient,
-    gradient_norms,
-    objective_gradient,
 )
 from u2a.bilevel.select import FoldStatistics, fold_statistics, make_estimator, reliability
-from u2a.bilevel.variance import clip_factors, pooled, without_common
+from u2a.bilevel.variance import pooled, without_common
 from u2a.bilevel.vectors import dot, scaled, zeros_like
 from u2a.config import SolveSection
 from u2a.data import prompt_key
 from u2a.errors import ConfigError, DataError, NonFiniteError
 from u2a.losses import SFT
 from u2a.modeling import Params, Policy
+from u2a.parts import Parts
 from u2a.progress import Advance, Console
 from u2a.record import content_id
 from u2a.solution import ScoreRow, ScoreTable
+from u2a.tensor_tree import tensors_id
 from u2a.types import Pair, UnlearnResult
-from u2a.unlearn import InnerProblem
+from u2a.unlearn import InnerProblem, problem_id
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class OuterProblem:
         seed: seed of folds and random draws.
         probe: measured after every inner run (mean reward of the policy's own answers), for the record; None: nothing.
         clusters: cluster number of each candidate by id, for ``solve.clusters``; None where gains are not pooled.
+        checkpoints: directory where a search keeps what it has found, so that it goes on after a stop; None: nowhere.
     """
 
     preference: tuple[Pair, ...]
@@ -54,6 +59,7 @@ class OuterProblem:
     seed: int = 0
     probe: Callable[[Policy], float] | None = None
     clusters: Mapping[str, int] | None = None
+    checkpoints: Path | None = None
 
     def clusters_of(self, inner: InnerProblem) -> list[int] | None:
         """Return the cluster of each candidate.
@@ -207,10 +213,11 @@ def compute_gains(
     section = outer.section
     adjoint = make_adjoint(section) if adjoint is None else adjoint
     objective = outer.objective_value()
-    parts = _fold_gradients(policy, outer, objective, folds, console)
-    losses = candidate_losses(policy, inner)
+    kept = _parts(policy, inner, outer, folds, reached).of(adjoint.name)
+    parts = fold_gradients(policy, objective, folds.folds, section.pair_clip, kept, console)
+    losses = replace(candidate_losses(policy, inner), parts=kept)
     extra = _extra_gradients(policy, inner, section, losses, console)
-    point = InnerPoint(policy, inner, reached.weights, losses, section, outer.seed, reached.result)
+    point = InnerPoint(policy, inner, reached.weights, losses, section, outer.seed, reached.result, kept)
     found = adjoint.derivatives(point, [*(part.gradient for part in parts), *extra.values()], console)
     _check(found.values, losses.ids)
     columns = dict(zip(extra, found.values[:, len(parts) :].T, strict=True))
@@ -222,6 +229,7 @@ def compute_gains(
     damage = columns.get("retain")
     if damage is not None:
         estimates = estimates - section.damage_weight * damage
+    _check(estimates[:, None], losses.ids, "estimate")
     gram = torch.tensor([[dot(a.gradient, b.gradient) for b in parts] for a in parts], dtype=torch.float64)
     values = torch.cat([part.values for part in parts])
     table = ScoreTable(
@@ -240,21 +248,37 @@ def compute_gains(
     return Gains(table, statistics, estimates)
 
 
-def _fold_gradients(
-    policy: Policy, outer: OuterProblem, objective: Objective, folds: Folds, console: Console
-) -> list[ObjectiveGradient]:
-    """Gradient of J of each fold, clipped per pair where that is asked for."""
-    items = [objective.prepare(policy, fold) for fold in folds.folds]
-    factors: list[Tensor | None] = [None] * len(items)
-    if outer.section.pair_clip < 1.0:
-        with console.phase("gradient of J, pair by pair", sum(folds.sizes), "pairs") as advance:
-            norms = torch.cat([gradient_norms(objective, policy, fold, advance) for fold in items])
-        factors = list(clip_factors(norms, outer.section.pair_clip).split(folds.sizes))
-    with console.phase("gradient of J", sum(folds.sizes), "pairs") as advance:
-        return [
-            objective_gradient(objective, policy, fold, advance, weights)
-            for fold, weights in zip(items, factors, strict=True)
-        ]
+def _parts(policy: Policy, inner: InnerProblem, outer: OuterProblem, folds: Folds, reached: Reached) -> Parts:
+    """Where what is found at this theta is kept, under the hash of all that it depends on."""
+    if outer.checkpoints is None or in_several_processes():
+        return Parts()
+    pairs = [[pair.id for pair in fold] for fold in (*folds.folds, folds.heldout)]
+    document = [
+        tensors_id(policy.trainable()),
+        search_id(inner, outer),
+        pairs,
+        dict(reached.weights),
+        None if reached.result is None else [reached.result.steps_kept, reached.result.scale],
+    ]
+    return Parts(outer.checkpoints / "parts", content_id(json.dumps(document, sort_keys=True)))
+
+
+def search_id(inner: InnerProblem, outer: OuterProblem) -> str:
+    """Content id of candidates, preference pairs and options.
+
+    Args:
+        inner: candidates and inner options.
+        outer: preference pairs and outer options.
+
+    Returns:
+        The id; how often checkpoints are saved does not change it.
+    """
+    pairs = content_id(*(pair.model_dump_json() for pair in outer.preference))
+    clusters = json.dumps(outer.clusters_of(inner))
+    section = outer.section.model_dump_json()
+    return content_id(
+        problem_id(inner, inner.forget), pairs, clusters, section, outer.objective_value().name, str(outer.seed)
+    )
 
 
 def _extra_gradients(
@@ -280,9 +304,13 @@ def _mean_gradient(losses: CandidateLosses, advance: Advance) -> Params:
     """Gradient of the mean of a vector of losses."""
     parameters = losses.policy.trainable()
     total = zeros_like(parameters)
-    for batch in losses.batches():
+
+    def compute(batch: list[int]) -> tuple[Tensor | None, ...]:
         value = losses.of(batch).sum() / len(losses.rows)
-        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        return torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+
+    policy = losses.policy
+    for batch, gradients in forward_batches(losses.rows, policy.token_budget, policy.limits, compute):
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient.to(total[name])
@@ -328,10 +356,10 @@ def candidate_losses(policy: Policy, inner: InnerProblem) -> CandidateLosses:
     return CandidateLosses(policy, inner.loss, rows, sums, tuple(row.id for row in inner.forget))
 
 
-def _check(slopes: Tensor, ids: tuple[str, ...]) -> None:
-    bad = [ids[k] for k in torch.nonzero(~torch.isfinite(slopes).all(1)).flatten().tolist()]
+def _check(numbers: Tensor, ids: tuple[str, ...], what: str = "score") -> None:
+    bad = [ids[k] for k in torch.nonzero(~torch.isfinite(numbers).all(1)).flatten().tolist()]
     if bad:
-        raise NonFiniteError("score", "score", None, bad)
+        raise NonFiniteError(what, "score", None, bad)
 
 
 def _rows(

@@ -8,9 +8,10 @@ negative, -u' grad l_k. ``Identity`` and ``Implicit`` find a direction u and sco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from u2a.bilevel.adjoint import Adjoint, Derivatives, InnerPoint
 from u2a.bilevel.curvature import Curvature, Hessian, make_curvature
@@ -115,12 +116,25 @@ class Implicit:
             operator = self.curvature.at(point.terms())
             damping, unit = self._damping(operator, gradients[0], point)
             solved = []
-            for gradient in gradients:
-                found = self.solve(gradient, operator, damping)
+            for number, gradient in enumerate(gradients):
+                solve = partial(self.solve, gradient, operator, damping)
+                found = _kept(point, f"solve {number}", solve)
                 status = found.status.model_copy(update={"mean_eigenvalue": unit})
                 solved.append(LinearSolution(found.value, status))
                 advance.advance(1)
         return _along(solved, point, console)
+
+
+def _kept(point: InnerPoint, name: str, solve: Callable[[], LinearSolution]) -> LinearSolution:
+    """A linear solve, or what an earlier process found by it."""
+
+    def tree() -> dict[str, Any]:
+        found = solve()
+        return {"value": found.value, "status": found.status.model_dump()}
+
+    found = point.parts.get(name, tree)
+    value = {name: each.to(point.policy.device) for name, each in found["value"].items()}
+    return LinearSolution(value, SolveStatus.model_validate(found["status"]))
 
 
 def _along(solved: Sequence[LinearSolution], point: InnerPoint, console: Console) -> Derivatives:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from u2a.batch_size import with_less
 from u2a.bilevel.vectors import zeros_like
 from u2a.encoding import Encoded, token_batches
 from u2a.losses import UnlearningLoss, kl_from_reference
@@ -63,7 +64,7 @@ class InnerTerms:
         Yields:
             Parts; each holds its graph, so use one before asking for the next.
         """
-        budget = self.policy.token_budget
+        budget = self.policy.limits.cut(self.policy.token_budget)
         for batch in token_batches(self.rows, budget):
             answers = self.policy.log_probs([self.rows[index] for index in batch])
             losses = self.loss.per_sample(answers, self.reference_sums[batch].to(answers.sum))
@@ -90,10 +91,25 @@ class InnerTerms:
             grad f, accumulated in float32 or wider.
         """
         parameters = self.policy.trainable()
-        total = zeros_like(parameters)
-        for value in self.scalars():
-            add_gradients(total, torch.autograd.grad(value, list(parameters.values()), allow_unused=True))
-        return total
+
+        def compute() -> Params:
+            total = zeros_like(parameters)
+            for value in self.scalars():
+                add_gradients(total, torch.autograd.grad(value, list(parameters.values()), allow_unused=True))
+            return total
+
+        return self.with_less_memory(compute)
+
+    def with_less_memory(self, compute: Callable[[], Params]) -> Params:
+        """Compute a vector from the parts, anew with smaller ones where memory runs out.
+
+        Args:
+            compute: goes through :meth:`parts` or :meth:`scalars` and leaves nothing behind.
+
+        Returns:
+            Its result.
+        """
+        return with_less(self.policy.limits, (*self.rows, *self.retain), self.policy.token_budget, compute)
 
     def _retain(self, rows: Sequence[Encoded]) -> tuple[AnswerLogProbs, Tensor]:
         """Answers and (rows,) retain losses: mean over answer tokens of the NLL, or of KL(reference || policy)."""

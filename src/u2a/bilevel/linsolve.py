@@ -101,7 +101,7 @@ class CG:
 
         Raises:
             NotConverged: ``throw`` is set and the residual is above ``tol``; or rho could not be raised enough.
-            NonFiniteError: a product is not finite.
+            NonFiniteError: a product, or a number made of it, is not finite.
         """
         if norm(right) == 0.0:
             return LinearSolution(
@@ -154,6 +154,7 @@ def _attempt(matvec: Matvec, right: Params, damping: float, max_steps: int, tol:
             raise NonFiniteError("curvature product", "solve", attempt.steps)
         attempt.steps += 1
         bend, length = dot(direction, image), dot(direction, direction)
+        _check(attempt.steps - 1, rr=rr, curvature=bend, length=length)
         attempt.scale = max(attempt.scale, norm(image) / math.sqrt(length))
         if bend <= round_off * attempt.scale * length:
             attempt.curvature = bend / length - damping
@@ -162,11 +163,19 @@ def _attempt(matvec: Matvec, right: Params, damping: float, max_steps: int, tol:
         attempt.value = plus(attempt.value, direction, step)
         residual = plus(residual, image, -step)
         new = dot(residual, residual)
+        _check(attempt.steps - 1, rr=new)
         if new <= goal:
             break
         direction = plus(residual, direction, new / rr)
         rr = new
     return attempt
+
+
+def _check(step: int, **scalars: float) -> None:
+    """Refuse the numbers that steps are made of when one of them is not finite."""
+    bad = [name for name, value in scalars.items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(f"{bad[0]} of conjugate gradients", "solve", step)
 
 
 def _residual(matvec: Matvec, right: Params, damping: float, value: Params) -> float:

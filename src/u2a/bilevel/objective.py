@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from u2a.batch_size import in_parts
 from u2a.bilevel.vectors import norm, zeros_like
 from u2a.encoding import Encoded, token_batches
 from u2a.errors import NonFiniteError
@@ -243,12 +244,21 @@ def objective_values(objective: Objective, policy: Policy, items: Sequence[Item]
         NonFiniteError: a value is not finite; the pair is named.
     """
     out = torch.zeros(len(items), dtype=torch.float64)
+
+    def compute(batch: list[int]) -> Tensor:
+        return objective.per_item(policy, [items[index] for index in batch]).cpu().double()
+
     for number, batch in enumerate(item_batches(items, policy.token_budget)):
-        rows = [items[index] for index in batch]
-        per_item = objective.per_item(policy, rows)
-        _check_values(per_item, rows, number)
-        out[batch] = per_item.cpu().double()
+        for part, per_item in in_parts(batch, _width(items, batch), policy.limits, compute):
+            _check_values(per_item, [items[index] for index in part], number)
+            out[part] = per_item
     return out
+
+
+def _width(items: Sequence[Item], batch: Sequence[int]) -> int:
+    """Tokens of the widest item of a batch, all its answers together."""
+    first = items[batch[0]]
+    return len(first.longest.input_ids) * len(first.answers)
 
 
 def _check_values(per_item: Tensor, rows: Sequence[Item], number: int) -> None:
@@ -297,16 +307,21 @@ def objective_gradient(
     total = zeros_like(parameters)
     values = torch.zeros(len(items), dtype=torch.float64)
     factors = torch.ones(len(items)) if weights is None else weights
-    for number, batch in enumerate(item_batches(items, policy.token_budget)):
+
+    def compute(batch: list[int]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         rows = [items[index] for index in batch]
         per_item = objective.per_item(policy, rows)
         _check_values(per_item, rows, number)
-        values[batch] = per_item.detach().cpu().double()
         weighted = (factors[batch].to(per_item) * per_item).sum()
         gradients = torch.autograd.grad(weighted, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                total[name] += gradient.to(total[name]) / len(items)
+        return per_item.detach().cpu().double(), gradients
+
+    for number, batch in enumerate(item_batches(items, policy.token_budget)):  # noqa: B007  # compute names it
+        for part, (per_item, gradients) in in_parts(batch, _width(items, batch), policy.limits, compute):
+            values[part] = per_item
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += gradient.to(total[name]) / len(items)
         (advance or Quiet()).advance(len(batch))
     if not all(bool(torch.isfinite(value).all()) for value in total.values()):
         raise NonFiniteError("gradient of the objective", "score")

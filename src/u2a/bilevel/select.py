@@ -20,6 +20,7 @@ from u2a.config import SolveSection
 from u2a.solution import Reliability
 
 LEVEL = 0.05  # of the test for signal
+TIE = 1e-5  # of the largest gain: what float32 rounding moves a gain by, and some more
 PRIOR_DOF = 4.0  # pseudo degrees of freedom that pull each candidate's noise towards the common one
 
 
@@ -316,8 +317,34 @@ def decide(statistics: FoldStatistics, estimates: Tensor, fallback: str) -> Lite
     return "empty" if clearly_harmful else "random_k"
 
 
+def ranking(values: Tensor, ids: Sequence[str]) -> list[int]:
+    """Order candidates, best first; values that differ by no more than rounding are a tie, broken by id.
+
+    Another batch, number of threads or order of rows changes a gain in its last digits. Without the tolerance that
+    would decide between candidates of equal gain, such as copies.
+
+    Args:
+        values: (n,) what candidates are ranked by.
+        ids: candidate ids.
+
+    Returns:
+        All indices. Values within 1e-5 of the largest magnitude below the first of a group are tied with it.
+
+    >>> ranking(torch.tensor([0.5, 2.0, 2.0000001, 3.0]), ["a", "b", "c", "d"])
+    [3, 1, 2, 0]
+    """
+    numbers = values.tolist()
+    tolerance = TIE * max(map(abs, numbers), default=0.0)
+    groups: list[list[int]] = []
+    for k in sorted(range(len(numbers)), key=lambda k: (-numbers[k], ids[k])):
+        if not groups or numbers[k] < numbers[groups[-1][0]] - tolerance:
+            groups.append([])
+        groups[-1].append(k)
+    return [k for group in groups for k in sorted(group, key=lambda k: ids[k])]
+
+
 def top_block(estimates: Tensor, ids: Sequence[str], taken: Sequence[bool], size: int) -> list[int]:
-    """Choose the best candidates that are not yet selected and promise a gain; ties are broken by id.
+    """Choose the best candidates that are not yet selected and promise a gain, in the order of :func:`ranking`.
 
     Args:
         estimates: (n,) what candidates are ranked by.
@@ -328,5 +355,4 @@ def top_block(estimates: Tensor, ids: Sequence[str], taken: Sequence[bool], size
     Returns:
         Indices, best first.
     """
-    free = [k for k in range(len(ids)) if not taken[k] and float(estimates[k]) > 0.0]
-    return sorted(free, key=lambda k: (-float(estimates[k]), ids[k]))[:size]
+    return [k for k in ranking(estimates, ids) if not taken[k] and float(estimates[k]) > 0.0][:size]

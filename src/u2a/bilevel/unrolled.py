@@ -18,7 +18,6 @@ their sum, so a finite difference of whole runs equals the derivative minus its 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from u2a.batch_size import memory_for
 from u2a.bilevel.adjoint import Derivatives, InnerPoint
 from u2a.bilevel.attention import second_order_attention
 from u2a.bilevel.trajectory import PHASE, Moment, Plan, Replay, State, moment_at, on_device, plan_of, replay, stepped
 from u2a.bilevel.vectors import norm, plus, zeros_like
 from u2a.errors import ConfigError, NonFiniteError
+from u2a.free_memory import host_free_bytes
 from u2a.guard import all_finite
 from u2a.modeling import Params, Policy
 from u2a.progress import Advance, Console, Quiet
@@ -127,7 +128,7 @@ class Unrolled:
             dg/d omega_k, which is minus the gain.
         """
         scale = 1.0 if point.result is None else point.result.scale
-        with console.phase("unrolled derivative", 2 * point.steps, "steps") as advance:
+        with console.phase("unrolled derivative", 2 * point.steps, "steps") as advance, memory_for(self.name):
             gains = self.gains(point.policy, point.problem, point.weights, gradients, point.steps, scale, advance)
         return Derivatives(-gains, None, (), self.name)
 
@@ -315,7 +316,5 @@ def _moment_bytes(policy: Policy, plan: Plan) -> int:
 
 def _budget_bytes() -> float:
     """Half of the host's free memory; 1 GiB where it does not tell."""
-    try:
-        return 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 2.0**30
+    free = host_free_bytes()
+    return 2.0**30 if free is None else 0.5 * free

@@ -39,7 +39,8 @@ def dot(left: Params, right: Params) -> float:
     >>> dot({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 4.0])})
     11.0
     """
-    return math.fsum(float((_float64(left[name]) * _float64(right[name])).sum()) for name in left)
+    parts = [float((_float64(left[name]) * _float64(right[name])).sum()) for name in left]
+    return math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)  # fsum refuses infinities of both signs
 
 
 def _float64(value: Tensor) -> Tensor:
@@ -54,9 +55,9 @@ def norm(vector: Params) -> float:
         vector: a vector.
 
     Returns:
-        Its length.
+        Its length; NaN when an entry is.
     """
-    return math.sqrt(max(0.0, dot(vector, vector)))
+    return math.sqrt(dot(vector, vector))
 
 
 def scaled(vector: Params, factor: float) -> Params:

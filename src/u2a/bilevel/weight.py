@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from u2a.errors import NonFiniteError
+
 
 def mirror_step(weights: Tensor, gradient: Tensor, rate: float) -> Tensor:
     """One step of entropic mirror descent: omega_i <- omega_i exp(-eta dg_i) / sum_j omega_j exp(-eta dg_j).
@@ -22,7 +24,7 @@ def mirror_step(weights: Tensor, gradient: Tensor, rate: float) -> Tensor:
         (n,) new weights on the simplex.
 
     Raises:
-        ValueError: a gradient on the support is not finite.
+        NonFiniteError: a gradient on the support is not finite.
 
     Source: poster eq. 10; Beck and Teboulle 2003.
 
@@ -31,7 +33,7 @@ def mirror_step(weights: Tensor, gradient: Tensor, rate: float) -> Tensor:
     """
     support = weights > 0
     if not torch.isfinite(gradient[support]).all():
-        raise ValueError("mirror_step: the gradient on the support is not finite")
+        raise NonFiniteError("gradient of the weights", "solve")
     logits = torch.full_like(weights, -torch.inf)
     logits[support] = weights[support].log() - rate * gradient[support]
     return torch.softmax(logits, 0)

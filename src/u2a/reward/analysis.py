@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from u2a.bilevel.select import ranking
 from u2a.config import RewardSection
 from u2a.data import prompt_key
 from u2a.errors import ConfigError
 from u2a.model_loading import pick_device
 from u2a.modeling import Policy
 from u2a.progress import Console
-from u2a.reward.base import RewardModel
+from u2a.reward.base import RewardModel, naming
 from u2a.reward.card import reward_card
 from u2a.reward.embedding import Embedder, train_embedding_reward
 from u2a.reward.implicit import train_implicit_reward
@@ -102,11 +103,12 @@ def analyse(
         NonFiniteError: a reward is not finite.
     """
     prompts, answers = [row.prompt for row in forget], [row.completion for row in forget]
-    tokens = model.token_rewards(prompts, answers)
-    rewards = model.score(prompts, answers).tolist()
+    with naming([row.id for row in forget]):
+        tokens = model.token_rewards(prompts, answers)
+        rewards = model.score(prompts, answers).tolist()
     threshold = _threshold(model, preference, section.quantile)
     n_kept = math.ceil(section.prefilter_frac * len(forget))
-    order = sorted(range(len(forget)), key=lambda index: (rewards[index], forget[index].id))
+    order = ranking(-torch.tensor(rewards, dtype=torch.float64), [row.id for row in forget])
     kept = set(order[:n_kept])
     rows = []
     for index, example in enumerate(forget):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,12 +91,33 @@ def prompt_text(prompt: Sequence[Message]) -> str:
     return "\n".join(message.content for message in prompt if message.role != "system")
 
 
-def checked(rewards: Tensor, name: str) -> Tensor:
+@contextmanager
+def naming(ids: Sequence[str]) -> Iterator[None]:
+    """Name the samples of a reward that is not finite, for the duration of a ``with`` block that scores them.
+
+    Args:
+        ids: ids of the answers scored, in their order.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NonFiniteError: the same with ids in the place of positions.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        names = [ids[int(name[1:])] if name.startswith("#") else name for name in error.ids]
+        raise NonFiniteError(error.what, error.phase, error.step, names) from None
+
+
+def checked(rewards: Tensor, name: str, row: int | None = None) -> Tensor:
     """Return finite rewards on the CPU in float32.
 
     Args:
         rewards: (n,) tensor on any device.
         name: name of the reward model.
+        row: position of the answer whose token rewards these are; None for one reward per answer.
 
     Returns:
         The same values, (n,) float32 on the CPU.
@@ -105,6 +127,8 @@ def checked(rewards: Tensor, name: str) -> Tensor:
     """
     rewards = rewards.detach().float().cpu()
     bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    if bad and row is not None:
+        bad = [row]
     if bad:
         raise NonFiniteError(f"reward of {name!r}", "reward", ids=[f"#{position}" for position in bad])
     return rewards

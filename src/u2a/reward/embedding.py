@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel
 
+from u2a.batch_size import BatchLimits, in_parts
 from u2a.data import prompt_key
 from u2a.errors import ModelError
 from u2a.model_loading import load_pretrained
@@ -47,6 +48,7 @@ class Embedder:
     ) -> None:
         self.name = name_or_path
         self._max_length, self._batch_size = max_length, batch_size
+        self._limits = BatchLimits(f"embedder {name_or_path}", "texts")
         self._model, self._tokenizer = load_pretrained(
             AutoModel, name_or_path, "embedder", torch.float32, may_lack=("pooler.",)
         )
@@ -66,9 +68,9 @@ class Embedder:
         bar = bar or Quiet()
         new = sorted({text for text in texts if text not in self._known}, key=lambda text: (len(text), text))
         for start in range(0, len(new), self._batch_size):
-            batch = new[start : start + self._batch_size]
-            self._known |= zip(batch, self._forward(batch), strict=True)
-            bar.advance(len(batch))
+            for batch, rows in in_parts(new[start : start + self._batch_size], 1, self._limits, self._forward):
+                self._known |= zip(batch, rows, strict=True)
+                bar.advance(len(batch))
         return np.stack([self._known[text] for text in texts]) if texts else np.zeros((0, 0))
 
     @torch.no_grad()

@@ -132,6 +132,23 @@ def fit_bradley_terry(differences: np.ndarray, l2: float) -> np.ndarray:
     return weights.detach().numpy()
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse pairs on which no head can be fitted.
+
+    Args:
+        prompts: prompt key of each pair.
+
+    Raises:
+        DataError: fewer than four distinct prompts.
+    """
+    n = len(set(prompts))
+    if n < MIN_PROMPTS:
+        raise DataError(
+            f"reward pairs: {len(prompts)} pairs on {n} prompts, expected at least {MIN_PROMPTS} prompts "
+            "(raise partition.reward_frac, set data.reward, or set reward.model: none)"
+        )
+
+
 def fit_head(chosen: np.ndarray, rejected: np.ndarray, prompts: Sequence[str], folds: int = 5) -> BradleyTerryHead:
     """Standardise, choose the penalty by prompt-grouped cross-validation, and fit on all pairs.
 
@@ -147,12 +164,8 @@ def fit_head(chosen: np.ndarray, rejected: np.ndarray, prompts: Sequence[str], f
     Raises:
         DataError: fewer than four distinct prompts.
     """
+    check_prompts(prompts)
     names = sorted(set(prompts))
-    if len(names) < MIN_PROMPTS:
-        raise DataError(
-            f"reward pairs: {len(prompts)} pairs on {len(names)} prompts, expected at least {MIN_PROMPTS} prompts "
-            "(raise partition.reward_frac, set data.reward, or set reward.model: none)"
-        )
     both = np.vstack([chosen, rejected])
     centre, scale = both.mean(0), np.sqrt(both.var(0).mean(keepdims=True))
     scale = np.where(scale > 1e-12, scale, 1.0)

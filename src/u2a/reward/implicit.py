@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from u2a.batch_size import micro_batch
 from u2a.encoding import Encoded
 from u2a.errors import DataError, NonFiniteError
 from u2a.modeling import Policy
@@ -40,7 +42,7 @@ def train_implicit_reward(
     settings: DpoSettings = DpoSettings(),
     bar: Advance | None = None,
 ) -> ImplicitReward:
-    """Train the policy's own change by DPO, keep it as a reward model, and put the policy back as it was.
+    """Train a change of the policy from theta_0 by DPO, keep it as a reward model, and put the policy back as it was.
 
     loss = -mean log sigma(b [(s_w - s_w^ref) - (s_l - s_l^ref)]) with summed answer log-probabilities s.
 
@@ -66,6 +68,7 @@ def train_implicit_reward(
     both = [(policy.encoder.encode(p.prompt, p.chosen), policy.encoder.encode(p.prompt, p.rejected)) for p in pairs]
     policy.reference_sums([item for pair in both for item in pair])  # fills the cache in large batches
     before = policy.snapshot()
+    policy.reset()
     optimiser = torch.optim.AdamW(policy.trainable().values(), lr=settings.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -91,12 +94,21 @@ def _dpo_step(
 ) -> None:
     """One optimiser step; ``where`` is the position and the pair ids, for the error message."""
     optimiser.zero_grad()
-    sequences = [item for pair in batch for item in pair]
-    reference = policy.reference_sums(sequences).to(policy.device)
-    rewards = beta * (policy.log_probs(sequences).sum - reference)
-    loss = -F.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
-    loss.backward()
     values = list(policy.trainable().values())
+
+    def losses(count: int) -> list[Tensor]:
+        found = []
+        for start in range(count):
+            rows = batch[start::count]
+            sequences = [item for pair in rows for item in pair]
+            reference = policy.reference_sums(sequences).to(policy.device)
+            rewards = beta * (policy.log_probs(sequences).sum - reference)
+            part = -F.logsigmoid(rewards[0::2] - rewards[1::2]).mean() * (len(rows) / len(batch))
+            part.backward()
+            found.append(part.detach())
+        return found
+
+    loss = micro_batch(len(batch), values, policy.limits, losses)
     norm = torch.nn.utils.clip_grad_norm_(values, 1.0)
     if not torch.isfinite(loss) or not torch.isfinite(norm):
         raise NonFiniteError("loss", "reward (implicit)", where[0], where[1])

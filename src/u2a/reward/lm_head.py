@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from u2a.batch_size import BatchLimits, forward_batches
 from u2a.config import ModelSection
 from u2a.data import prompt_key
-from u2a.encoding import Encoded, Encoder, collate, token_batches
+from u2a.encoding import Encoded, Encoder, collate
 from u2a.errors import DataError, ModelError
 from u2a.model_loading import load_model, load_tokenizer
 from u2a.modeling import end_ids, weights_fingerprint
@@ -53,6 +54,7 @@ class HiddenStates:
         self._encoder = Encoder(tokenizer, max_length, end_ids(model))
         self._model: nn.Module = model.eval().base_model
         self._device, self._token_budget = model.device, token_budget
+        self._limits = BatchLimits(f"reward {name_or_path}")
 
     def means(self, prompts: Prompts, answers: Sequence[str], bar: Advance | None = None) -> np.ndarray:
         """Mean hidden state of each answer; equal ones are read once.
@@ -98,11 +100,14 @@ class HiddenStates:
         """Position and (tokens, width) hidden states of every answer, in batches of similar length."""
         bar = bar or Quiet()
         encoded: list[Encoded] = [self._encoder.encode(*item) for item in zip(prompts, answers, strict=True)]
-        for batch in token_batches(encoded, self._token_budget):
+
+        def compute(batch: list[int]) -> Tensor:
             inputs = collate([encoded[index] for index in batch], self._encoder.pad_id, self._device)
-            hidden = self._model(
+            return self._model(
                 input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, position_ids=inputs.position_ids
             ).last_hidden_state.cpu()
+
+        for batch, hidden in forward_batches(encoded, self._token_budget, self._limits, compute):
             for place, index in enumerate(batch):
                 yield index, hidden[place, -encoded[index].n_answer :].double()
             bar.advance(len(batch))

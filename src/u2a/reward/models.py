@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from u2a.encoding import Encoded, Encoder, collate, token_batches
+from u2a.batch_size import BatchLimits, forward_batches
+from u2a.encoding import Encoded, Encoder, collate
 from u2a.errors import ModelError
 from u2a.model_loading import load_pretrained
 from u2a.modeling import Params, Policy
@@ -48,6 +49,7 @@ class SequenceClassifierReward:
         self.name = name
         self._model, self._tokenizer = model.eval(), tokenizer
         self._max_length, self._token_budget = max_length, token_budget
+        self._limits = BatchLimits(f"reward {name}")
         pad = tokenizer.pad_token_id if model.config.pad_token_id is None else model.config.pad_token_id
         self._pad = pad if isinstance(pad, int) else None  # without one, a batch holds one conversation
         model.config.pad_token_id = self._pad
@@ -57,8 +59,13 @@ class SequenceClassifierReward:
         """Sequence rewards: the model's logit; see :meth:`RewardModel.score`."""
         encoded = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         rewards = torch.zeros(len(encoded))
-        for batch in token_batches(encoded, self._token_budget if self._pad is not None else 1):
-            rewards[batch] = self._forward([encoded[index].input_ids for index in batch])
+        budget = self._token_budget if self._pad is not None else 1
+
+        def compute(batch: list[int]) -> Tensor:
+            return self._forward([encoded[index].input_ids for index in batch])
+
+        for batch, found in forward_batches(encoded, budget, self._limits, compute):
+            rewards[batch] = found
         return checked(rewards, self.name)
 
     def token_rewards(self, prompts: Prompts, answers: Sequence[str]) -> None:
@@ -113,7 +120,7 @@ class TokenValueHead:
         _check_one_label(model, tokenizer, name)
         self.name = name
         self._model, self._encoder = model.eval(), Encoder(tokenizer, max_length)
-        self._token_budget = token_budget
+        self._token_budget, self._limits = token_budget, BatchLimits(f"reward {name}")
 
     def score(self, prompts: Prompts, answers: Sequence[str]) -> Tensor:
         """Sequence rewards: means of the token rewards; see :meth:`RewardModel.score`."""
@@ -125,15 +132,18 @@ class TokenValueHead:
         """Rewards of the answer tokens; see :meth:`RewardModel.token_rewards`."""
         encoded = [self._encoder.encode(*item) for item in zip(prompts, answers, strict=True)]
         rows: list[Tensor] = [torch.zeros(0)] * len(encoded)
-        for batch in token_batches(encoded, self._token_budget):
+
+        def compute(batch: list[int]) -> Tensor:
             inputs = collate([encoded[index] for index in batch], self._encoder.pad_id, self._model.device)
-            logits = self._model(
+            return self._model(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
                 position_ids=inputs.position_ids,
             ).logits[..., 0]
+
+        for batch, logits in forward_batches(encoded, self._token_budget, self._limits, compute):
             for place, index in enumerate(batch):
-                rows[index] = checked(logits[place, -encoded[index].n_answer :], self.name)
+                rows[index] = checked(logits[place, -encoded[index].n_answer :], self.name, index)
         return rows
 
 
@@ -175,12 +185,16 @@ class ImplicitReward:
         finally:
             if before is not None:
                 policy.restore(before)
-        return [checked(self._beta * (a - b), self.name) for a, b in zip(new, old, strict=True)]
+        return [checked(self._beta * (a - b), self.name, k) for k, (a, b) in enumerate(zip(new, old, strict=True))]
 
     def _token_log_probs(self, encoded: Sequence[Encoded]) -> list[Tensor]:
         rows: list[Tensor] = [torch.zeros(0)] * len(encoded)
-        for batch in token_batches(encoded, self._policy.token_budget):
-            token = self._policy.log_probs([encoded[index] for index in batch]).token.cpu()
+        policy = self._policy
+
+        def compute(batch: list[int]) -> Tensor:
+            return policy.log_probs([encoded[index] for index in batch]).token.cpu()
+
+        for batch, token in forward_batches(encoded, policy.token_budget, policy.limits, compute):
             for place, index in enumerate(batch):
                 rows[index] = token[place, -encoded[index].n_answer :]
         return rows
