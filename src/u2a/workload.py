@@ -1,0 +1,400 @@
+"""What every phase of a run computes: which rows pass the model, in which batches, in which way.
+
+The plan follows the run's own functions for batches, folds, steps and arms. What only the run can know is replaced:
+the selected answers by a random draw of as many, and every loop that may end early by its longest course (all rounds,
+all steps, answers as long as they may be, no fallback, no line search of the guard).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from u2a.arms import NOT_UNLEARNED, SOLUTION_ARM, arms_of, control_weights
+from u2a.bilevel.gains import OuterProblem, split_preference
+from u2a.bilevel.objective import Item, item_batches
+from u2a.bilevel.solve import n_to_select
+from u2a.config import RewardSection, RunConfig
+from u2a.encoding import Encoded, Encoder, token_batches
+from u2a.evaluation.arm import prompts_answered
+from u2a.evaluation.evaluate import EQUAL_PPL
+from u2a.evaluation.prompt_sets import PromptSet
+from u2a.finetune import mixture, n_steps
+from u2a.packaged import is_converted
+from u2a.pipeline import PROBE_PROMPTS
+from u2a.record import derive_seed
+from u2a.reward.analysis import split_reward_pairs
+from u2a.reward.base import prompt_text
+from u2a.reward.implicit import DpoSettings
+from u2a.stream import stream_index
+from u2a.types import Example, Message, Pair, Partition
+from u2a.unlearn import InnerProblem, weighted_rows
+
+Kind = Literal["forward", "gradient", "step", "score", "generate", "unrolled", "product"]
+Rows = tuple[Encoded, ...]
+Turns = tuple[Message, ...]
+SCALE_SEARCH = 8  # perplexities measured, about, to find the scale of equal utility
+
+
+@dataclass(frozen=True)
+class Work:
+    """Batches that pass the policy in one way, or texts that a reward model reads.
+
+    Attributes:
+        kind: ``forward`` (no gradients), ``gradient`` (of J or a loss), ``step`` (of training), ``score``,
+            ``generate``, ``unrolled`` (a step of training, run again and differentiated), ``product`` (with the
+            curvature), or ``reward model``, ``eval reward model``, ``second reward model``.
+        batches: rows of every batch; of ``generate`` the prompts, with the tokens to draw as their answer length.
+        times: how often all of that is done; of a reward model the number of texts.
+    """
+
+    kind: str
+    batches: tuple[Rows, ...] = ()
+    times: float = 1.0
+
+
+@dataclass
+class Workload:
+    """The phases of a run, by the names under which the console times them.
+
+    Args:
+        config: all options.
+        partition: the run's data.
+        encoder: around the policy's tokenizer.
+        prompt_sets: prompts of the evaluation.
+        holdout: texts of membership inference.
+
+    Attributes:
+        phases: what each phase computes, in the order in which phases begin.
+        asked: prompts that are answered, by their tokens.
+    """
+
+    config: RunConfig
+    partition: Partition
+    encoder: Encoder
+    prompt_sets: Sequence[PromptSet] = ()
+    holdout: Sequence[Example] = ()
+    phases: dict[str, list[Work]] = field(default_factory=dict)
+    asked: dict[tuple[int, ...], Turns] = field(default_factory=dict)
+    _referenced: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._reward_analysis()
+        self._policy()
+        self._selection()
+        self._arms()
+        self._evaluation()
+        self._add("report")
+
+    # --- the problems of the run -----------------------------------------------------------------
+
+    @property
+    def inner(self) -> InnerProblem:
+        """The inner problem; of the candidates the reward analysis leaves away it knows the number alone."""
+        config, parts = self.config, self.partition.retain_parts()
+        share = config.reward.prefilter_frac if config.reward.model != "none" else 1.0
+        kept = self.partition.forget[: math.ceil(share * len(self.partition.forget))]
+        seed = derive_seed(config.seed, "unlearn")
+        return InnerProblem(kept, parts.train, parts.guard, config.unlearn, config.guard, seed)
+
+    @property
+    def outer(self) -> OuterProblem:
+        """The outer problem, without its objective."""
+        return OuterProblem(self.partition.preference, self.config.solve, None, derive_seed(self.config.seed, "solve"))
+
+    @property
+    def n_directions(self) -> int:
+        """Directions along which candidates are scored at once."""
+        extra = int(self.config.solve.remove_common) + int(self.config.solve.damage_weight > 0)
+        return len(split_preference(self.outer).folds) + extra
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    def _reward_analysis(self) -> None:
+        section, sets = self.config.reward, self.partition
+        self._add("load tokenizer" if is_converted(self.config.model.name_or_path) else "convert model")
+        if section.model == "none":
+            return
+        pairs = split_reward_pairs(sets.reward)[0]
+        read = [*sets.forget, *_chosen(sets.preference), *_rejected(sets.preference)]
+        if section.model == "implicit":
+            self._policy()
+            both = [self._both(pair) for pair in pairs]
+            self._reference("reward model", [row for each in both for row in each])
+            size = DpoSettings().batch_size
+            steps = [tuple(r for each in both[k : k + size] for r in each) for k in range(0, len(both), size)]
+            self._add("reward model", Work("gradient", tuple(steps), DpoSettings().epochs))
+            self._add("reward analysis", Work("forward", self._batches(self._rows(read)), 4.0))  # theta, theta_0; twice
+            return
+        self._add("reward model", *self._texts("reward model", section, _chosen(pairs), _rejected(pairs), trains=True))
+        self._add("reward analysis", *self._texts("reward model", section, read))
+
+    def _policy(self) -> None:
+        """Load the model and make the misaligned start, once."""
+        if "load model" in self.phases:
+            return
+        self._add("load model")
+        if self.config.finetune.enabled:
+            self._finetune("misaligned start", leave_out_forget=False)
+
+    def _finetune(self, name: str, leave_out_forget: bool) -> None:
+        section, seed = self.config.finetune, derive_seed(self.config.seed, "finetune")
+        rows = mixture(self.partition, section, seed, leave_out_forget)
+        size, steps = min(section.batch_size, len(rows)), n_steps(len(rows), section)
+        self._add(name, Work("step", step_batches(self._rows(rows), size, steps, seed)))
+
+    def _selection(self) -> None:
+        section, inner = self.config.solve, self.inner
+        self._add("reference")
+        if inner.loss.needs_reference:
+            self._reference("reference", self._rows(inner.forget))
+        if section.objective == "dpo":
+            self._reference("reference", [row for pair in self.partition.preference for row in self._both(pair)])
+        if section.warmup_steps:
+            uniform = inner.uniform()
+            self._inner_run("warm-up", inner.shortened(section.warmup_steps), uniform)
+        most = n_to_select(inner, self.outer)
+        steps = section.inner_steps or inner.section.max_steps
+        between = _with_steps(inner, steps)
+        block = math.ceil(most / section.rounds)
+        for index in range(section.rounds):
+            self._gains(inner)
+            self._inner_run(f"inner run, round {index + 1}", between, self._drawn(min(most, block * (index + 1))))
+            self._measure()
+        if section.final_refine and section.mirror_steps and most > 1:
+            self._add("inner run, best round")  # the last round's solution is still there
+            self._refine(between, self._drawn(most))
+
+    def _refine(self, inner: InnerProblem, weights: dict[str, float]) -> None:
+        chosen = weighted_rows(inner.forget, weights)
+        if self.config.solve.refine_adjoint == "unrolled":
+            self._gradient_of_j()
+            batches = self._steps(inner, chosen)
+            self._add("unrolled derivative", Work("unrolled", batches))
+        else:
+            self._gains(inner, chosen)
+        self._inner_run("inner run, final weights", inner, weights)
+        self._measure()
+
+    def _gains(self, inner: InnerProblem, chosen: Sequence[Example] | None = None) -> None:
+        """One scoring of candidates."""
+        section = self.config.solve
+        self._gradient_of_j()
+        candidates = self._rows(inner.forget if chosen is None else chosen)
+        if section.remove_common:
+            self._add("mean candidate gradient", Work("gradient", self._batches(candidates)))
+        if section.damage_weight:
+            rows = self._rows(inner.retain[: section.curvature_samples])
+            self._add("retain gradient", Work("gradient", self._batches(rows)))
+        if section.adjoint == "implicit":
+            folds = len(split_preference(self.outer).folds)
+            products = folds * (section.cg_steps + 1) if section.curvature in ("hessian", "gauss_newton") else 1
+            rows = self._rows((*inner.forget[: section.curvature_samples],))
+            self._add("linear solve", Work("product", self._batches(rows), products))
+        self._add("score candidates", Work("score", self._batches(candidates)))
+
+    def _gradient_of_j(self) -> None:
+        section, encode = self.config.solve, self.encoder.encode
+        pairs = [pair for fold in split_preference(self.outer).folds for pair in fold]
+        if section.objective == "reward":
+            self._generate(
+                "gradient of J", [pair.prompt for pair in pairs], section.reward_max_new_tokens, section.reward_samples
+            )
+            head = [self.encoder.encode_prompt(pair.prompt) for pair in pairs]
+            longest = (self.encoder.end_id,) * section.reward_max_new_tokens
+            answers = [(Encoded(ids + longest, len(longest)),) * section.reward_samples for ids in head]
+        elif section.objective == "nll":
+            answers = [(encode(pair.prompt, pair.chosen),) for pair in pairs]
+        else:
+            answers = [self._both(pair) for pair in pairs]
+        items = [Item(pair, rows) for pair, rows in zip(pairs, answers, strict=True)]
+        if section.pair_clip < 1.0:
+            self._add("gradient of J", Work("gradient", tuple(item.answers for item in items)))
+        # Each fold is batched alone; a batch more or less makes no difference.
+        batches = [
+            tuple(row for k in batch for row in items[k].answers)
+            for batch in item_batches(items, self.config.token_budget)
+        ]
+        self._add("gradient of J", Work("gradient", tuple(batches)))
+
+    def _measure(self) -> None:
+        """What is measured after every inner run: J on all PA pairs, and answers to a few of their prompts."""
+        pairs = self.partition.preference
+        rows = [row for pair in pairs for row in self._both(pair)]
+        self._add("measure round", Work("forward", self._batches(rows)))
+        if self.config.reward.model != "none":
+            probed = sorted(pairs, key=lambda pair: pair.id)[:PROBE_PROMPTS]
+            self._generate("measure round", [pair.prompt for pair in probed], self.config.solve.reward_max_new_tokens)
+
+    def _arms(self) -> None:
+        inner, section = self.inner, self.config.solve
+        most = n_to_select(inner, self.outer)
+        for arm in arms_of(self.config):
+            name = f"unlearn {arm}"
+            once = section.rounds == 1 and not section.final_refine  # else the best run may not be the last one
+            if arm == SOLUTION_ARM and once and section.inner_steps in (None, inner.section.max_steps):
+                self._add(name)  # the last inner run of the selection is restored
+            else:
+                self._inner_run(name, inner, inner.uniform() if arm == "full" else self._drawn(most))
+
+    def _evaluation(self) -> None:
+        section, sets, rewards = self.config.evaluation, self.partition, self.config.reward
+        pairs = split_reward_pairs(sets.reward)[1]
+        roles = {
+            "eval reward model": (rewards.eval_model, rewards.eval_name_or_path),
+            "second reward model": (rewards.second_model, rewards.second_name_or_path),
+        }
+        used = {
+            role: rewards.model_copy(update={"model": model, "name_or_path": path})
+            for role, (model, path) in roles.items()
+            if model != "none"
+        }
+        for role, each in used.items():
+            self._add("reward model", *self._texts(role, each, _chosen(pairs), _rejected(pairs), trains=True))
+            card = self._texts(role, each, _chosen(sets.evaluation), _rejected(sets.evaluation))
+            self._add("reward card", *card)
+        names = ["before", "after", *section.controls]
+        if section.equal_ppl_frac is not None:
+            names += [f"{name}{EQUAL_PPL}" for name in ("after", "random_k") if name == "after" or name in names]
+        asked = prompts_answered(sets.evaluation, section.generate_prompts)
+        for name in names:
+            if name in NOT_UNLEARNED:
+                self._add("load model")
+            if name == "retrain":
+                self._finetune("retrain", leave_out_forget=True)
+            if name.endswith(EQUAL_PPL):
+                parts = sets.retain_parts()
+                rows = self._rows(parts.guard or parts.evaluation)
+                self._add(f"scale of {name}", Work("forward", self._batches(rows), SCALE_SEARCH))
+            self._arm(f"evaluate {name}", asked, list(used))
+
+    def _arm(self, name: str, asked: Sequence[Pair], roles: Sequence[str]) -> None:
+        section, sets = self.config.evaluation, self.partition
+        answers = {row.key: row for pair in sets.evaluation for row in self._both(pair)}
+        self._add(name, Work("forward", self._batches(list(answers.values()))))
+        self._add(name, Work("forward", self._batches(self._rows(sets.retain_parts().evaluation))))
+        self._generate(name, [pair.prompt for pair in asked], section.max_new_tokens)
+        self._add(name, *(Work(role, (), len(asked)) for role in roles))
+        for prompts in self.prompt_sets:
+            self._generate(name, list(prompts.prompts.values()), section.max_new_tokens)
+        if section.forget_rows:
+            sides = (
+                sorted(rows, key=lambda row: row.id)[: section.forget_rows] for rows in (sets.forget, self.holdout)
+            )
+            rows = self._rows([row for side in sides for row in side])
+            passes = 1.0 if name == "evaluate before" or not self.holdout else 2.0
+            self._add(name, Work("forward", self._batches(rows), passes))
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _inner_run(self, name: str, inner: InnerProblem, weights: dict[str, float]) -> None:
+        """One run of the trainer under the guard."""
+        rows = weighted_rows(inner.forget, weights)
+        self._add(name, Work("step", self._steps(inner, rows)))
+        if inner.section.retain_term == "kl":
+            self._add(name, Work("forward", self._steps(inner, rows)[1::2]))
+        guard = inner.guard
+        watched = self._rows(inner.guard_rows)[: guard.max_rows]
+        if watched:
+            self._reference(name, watched)
+            steps, every = inner.section.max_steps, guard.every_steps
+            measured = len({*range(every, steps + 1, every), steps}) if every else 1
+            self._add(name, Work("forward", self._batches(watched), measured))
+
+    def _steps(self, inner: InnerProblem, rows: Sequence[Example]) -> tuple[Rows, ...]:
+        """Batches of all micro-steps, those of the candidates and of the retain rows."""
+        section = inner.section
+        retain = self._rows(inner.retain) if section.retain_term in ("nll", "kl") else []
+        steps = section.max_steps * section.gradient_accumulation_steps
+        size = min(section.batch_size, len(rows))
+        return step_batches(self._rows(rows), size, steps, inner.seed, retain, section.retain_batch_size)
+
+    def _drawn(self, k: int) -> dict[str, float]:
+        """The draw of the random control: it stands for any selection of as many."""
+        as_many = dict.fromkeys(map(str, range(k)), 1.0 / k)
+        return control_weights("random_k", as_many, self.inner, None, self.config.seed)
+
+    def _reference(self, name: str, rows: Sequence[Encoded]) -> None:
+        """Log-probabilities at theta_0, which are computed once per content."""
+        new = {row.key: row for row in rows if row.key not in self._referenced}
+        self._referenced |= set(new)
+        if new:
+            self._add(name, Work("forward", self._batches(list(new.values()))))
+
+    def _generate(self, name: str, prompts: Sequence[Turns], new: int, samples: int = 1) -> None:
+        encoded = {self.encoder.encode_prompt(prompt): prompt for prompt in prompts}
+        self.asked |= encoded
+        rest = [Encoded(ids, new) for ids in sorted(encoded, key=lambda ids: (-len(ids), ids))]
+        batches = []
+        while rest:
+            size = max(1, self.config.token_budget // (len(rest[0].input_ids) + new))
+            batches.append(tuple(rest[:size]))
+            rest = rest[size:]
+        if batches:
+            self._add(name, Work("generate", tuple(batches), samples))
+
+    def _texts(self, role: str, section: RewardSection, *sides: Iterable[Example], trains: bool = False) -> list[Work]:
+        """Texts that a reward model reads: for sentence embeddings each prompt and answer once."""
+        rows = [row for side in sides for row in side]
+        if section.model in ("embedding", "head"):
+            texts = {prompt_text(row.prompt) for row in rows} | {row.completion for row in rows}
+            count = len(texts)
+        else:
+            count = len(rows)
+        fitted = section.model in ("embedding", "language_model")
+        return [Work(role, (), count if fitted or not trains else 0)]
+
+    def _both(self, pair: Pair) -> tuple[Encoded, Encoded]:
+        encode = self.encoder.encode
+        return encode(pair.prompt, pair.chosen, pair.source), encode(pair.prompt, pair.rejected, pair.source)
+
+    def _rows(self, rows: Sequence[Example]) -> list[Encoded]:
+        return [self.encoder.encode(row.prompt, row.completion, row.source) for row in rows]
+
+    def _batches(self, rows: Sequence[Encoded]) -> tuple[Rows, ...]:
+        return tuple(tuple(rows[k] for k in batch) for batch in token_batches(rows, self.config.token_budget))
+
+    def _add(self, name: str, *works: Work) -> None:
+        self.phases.setdefault(name, []).extend(work for work in works if work.times)
+
+
+def step_batches(
+    rows: Sequence[Encoded], size: int, steps: int, seed: int, retain: Sequence[Encoded] = (), retain_size: int = 0
+) -> tuple[Rows, ...]:
+    """List the batches that the trainer will see, in order.
+
+    Args:
+        rows: the training set in its order.
+        size: rows per micro-batch.
+        steps: micro-batches.
+        seed: the trainer's seed.
+        retain: retain rows; may be empty.
+        retain_size: retain rows per micro-batch.
+
+    Returns:
+        For every micro-batch its rows, followed by its retain rows where there are any.
+    """
+    first, second = (derive_seed(seed, f"{name} stream") for name in ("sample", "retain"))
+    batches: list[Rows] = []
+    for step in range(steps):
+        places = (stream_index(step * size + k, len(rows), first) for k in range(size))
+        batches.append(tuple(rows[place] for place in places))
+        if retain and retain_size:
+            places = (stream_index(step * retain_size + k, len(retain), second) for k in range(retain_size))
+            batches.append(tuple(retain[place] for place in places))
+    return tuple(batches)
+
+
+def _with_steps(inner: InnerProblem, steps: int) -> InnerProblem:
+    section = inner.section.model_copy(update={"max_steps": steps})
+    return InnerProblem(inner.forget, inner.retain, inner.guard_rows, section, inner.guard, inner.seed)
+
+
+def _chosen(pairs: Sequence[Pair]) -> list[Example]:
+    return [Example(id=pair.id, prompt=pair.prompt, completion=pair.chosen) for pair in pairs]
+
+
+def _rejected(pairs: Sequence[Pair]) -> list[Example]:
+    return [Example(id=pair.id, prompt=pair.prompt, completion=pair.rejected) for pair in pairs]
