@@ -28,7 +28,9 @@ from u2a.console import (
     reliability_sentence,
     tone,
 )
+from u2a.content_hash import content_hash
 from u2a.evaluation.metrics import info
+from u2a.evaluation.verdict import answer_of
 from u2a.figures import Frame, Level, Series, bar_chart, histogram, interval_glyph, xy_chart
 from u2a.record import write_whole
 from u2a.run_records import Candidate, RunRecords, candidates, cautions, flattened, option_rows, what_was_done
@@ -36,7 +38,9 @@ from u2a.types import Contrast, EvalTable, Partition, UnlearnResult
 
 __all__ = ["RunRecords", "render_report", "write_report"]
 
-MAX_ROWS = 2000
+SHOWN_ELSEWHERE = ("provenance", "seconds", "peak_rss_bytes", "content_hash")  # of the summary
+MAX_ROWS = 5000
+ROWS_AT_ONCE = 200  # on a screen; the rest at a click
 MAX_CHARS = 4000
 SETS = {
     "finetune": "pairs for the misaligned start",
@@ -45,6 +49,23 @@ SETS = {
     "preference": "PA pairs: they define the objective J",
     "reward": "pairs on which reward heads are trained",
     "evaluation": "held-out pairs: nothing is chosen on them",
+}
+
+
+ARMS = {
+    "before": "the model at the start",
+    "after": "with the selected answers unlearned",
+    "random_k": "with as many answers unlearned, drawn at random",
+    "full": "with all answers unlearned",
+    "lowest_reward_k": "with as many answers unlearned, those of the lowest reward",
+    "uniform_top_k": "with the selected answers unlearned, all equally strongly",
+    "retrain": "trained without the candidates from the beginning",
+    "base": "the model before the misaligned start",
+}
+ANSWERS = {
+    "yes": "Yes: choosing which answers to unlearn did better than a random choice of as many.",
+    "no": "No: a random choice of as many answers did better than the one made here.",
+    "not shown": "Not shown: whether the choice made here does better than a random one of as many answers stays open.",
 }
 
 
@@ -75,6 +96,8 @@ def render_report(records: RunRecords) -> str:
     environment = _environment()
     return environment.get_template("report.html.j2").render(
         r=records,
+        answer=ANSWERS.get(answer_of(records.evaluation.verdict) or "", "") if records.evaluation else "",
+        arm_words=ARMS,
         done=what_was_done(records),
         cautions=cautions(records),
         sets=_set_rows(records.partition),
@@ -86,11 +109,13 @@ def render_report(records: RunRecords) -> str:
         unlearn=_u2a_first(records.unlearn),
         kinds=kind_rows(table),
         candidates=table[:MAX_ROWS],
+        rows_at_once=ROWS_AT_ONCE,
         n_candidates=len(table),
         largest=_largest(table),
         options=option_rows(records.config),
         provenance=flattened(records.summary.get("provenance", {})),
-        other={k: v for k, v in records.summary.items() if k not in ("provenance", "seconds", "peak_rss_bytes")},
+        content_hash=content_hash(records),
+        other={k: v for k, v in records.summary.items() if k not in SHOWN_ELSEWHERE},
     )
 
 
@@ -148,7 +173,7 @@ def charts(records: RunRecords, table: Sequence[Candidate]) -> dict[str, str]:
     Returns:
         SVG text by chart name; empty text where there is nothing to draw.
     """
-    rounds = records.solution.rounds if records.solution else ()
+    rounds = records.solution.rounds if records.solution and len(records.solution.rounds) > 1 else ()  # 1: no course
     x = [float(item.index + 1) for item in rounds]
     objective = [
         Series("J on the PA pairs", x, [item.objective_pa for item in rounds], 1),
@@ -205,6 +230,7 @@ def _environment() -> Environment:
     )
     environment.filters["csp_hash"] = _csp_hash
     environment.filters["short"] = _short
+    environment.filters["breakable"] = _breakable
     environment.globals |= {
         "better_direction": better_direction,
         "meaning": info,
@@ -221,6 +247,11 @@ def _environment() -> Environment:
 def _csp_hash(text: str) -> str:
     """Return the content-security-policy source that allows exactly this inline text."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _breakable(name: str) -> Markup:
+    """Let a long name break after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _short(text: str) -> str:

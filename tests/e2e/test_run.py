@@ -33,6 +33,7 @@ def test_run_writes_everything_a_user_is_promised(finished: Path) -> None:
         "evaluation.json",
         "summary.json",
         "report.html",
+        "candidates.csv",
         "adapter",
         "metrics.jsonl",
     } <= names
