@@ -6,33 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from u2a.figure_file import save_figure
 from u2a.figures import Frame, Series, bar_chart, xy_chart
-from u2a.record import write_whole
-
-STYLE = """<style>
-svg { background: #ffffff; } svg text { font: 12px system-ui, "DejaVu Sans", sans-serif; fill: #4c5661; }
-svg text.title { font-size: 14px; font-weight: 600; fill: #1b2530; } svg path { fill: none; stroke: currentColor; }
-svg .line { stroke-width: 2; } svg .dots { stroke-width: 6.5; stroke-linecap: round; }
-svg .error { stroke-width: 1.3; opacity: .55; } svg .area { fill: currentColor; stroke: none; }
-svg .grid { stroke: #e3e6ea; } svg .axis { stroke: #8a929c; }
-svg .zero { stroke: #8a929c; stroke-dasharray: 4 3; stroke-width: 1.3; }
-.s0 { color: #8a929c; } .s1 { color: #2667ad; } .s2 { color: #c05a14; }
-.s3 { color: #23805a; } .s4 { color: #7c4fa8; } .s5 { color: #b0306a; }
-</style>"""
-
-
-def save(svg: str, path: Path) -> None:
-    """Write a chart as a file with its own colours.
-
-    Args:
-        svg: a chart of :mod:`u2a.figures`.
-        path: target.
-    """
-    head, _, rest = svg.partition(">")
-    if "xmlns=" not in head:
-        head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f"{head}>{STYLE}{rest}\n")
 
 
 def draw_all(found: Mapping[str, Any], folder: Path) -> None:
@@ -42,15 +17,15 @@ def draw_all(found: Mapping[str, Any], folder: Path) -> None:
         found: the bench's document.
         folder: where the SVG files go.
     """
-    save(_lds(found["lds"]), folder / "selection-lds.svg")
-    save(_reliability(found["study"]), folder / "selection-reliability.svg")
+    save_figure(_lds(found["lds"]), folder / "selection-lds.svg")
+    save_figure(_reliability(found["study"]), folder / "selection-reliability.svg")
     for kind, part in found["study"].items():
-        save(_delta_j(kind, part["by_pa_size"]), folder / f"selection-delta-j-{kind}.svg")
+        save_figure(_delta_j(kind, part["by_pa_size"]), folder / f"selection-delta-j-{kind}.svg")
     questions = found["questions"]
-    save(_single(questions["single_samples"]), folder / "selection-single-samples.svg")
-    save(_low_reward(questions["low_reward_groups"]), folder / "selection-low-reward.svg")
-    save(_top_k(questions["top_k"]), folder / "selection-top-k.svg")
-    save(_sparsity(questions["sparsity"]), folder / "selection-sparsity.svg")
+    save_figure(_single(questions["single_samples"]), folder / "selection-single-samples.svg")
+    save_figure(_low_reward(questions["low_reward_groups"]), folder / "selection-low-reward.svg")
+    save_figure(_top_k(questions["top_k"]), folder / "selection-top-k.svg")
+    save_figure(_sparsity(questions["sparsity"]), folder / "selection-sparsity.svg")
 
 
 def _lds(lds: Mapping[str, Mapping[str, Any]]) -> str:

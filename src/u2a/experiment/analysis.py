@@ -1,0 +1,232 @@
+"""What the cells of an experiment say together: the figures of every arm, the contrasts, curves over the budget."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from u2a.experiment.cell import CellResult
+from u2a.experiment.contrasts import ContrastFigures, family_contrasts
+from u2a.experiment.estimates import BY_PROMPT, BY_SEED, Cells, Figure, figure_by_prompt, figure_by_seed, retain_ppl
+from u2a.experiment.protocol import Protocol
+from u2a.record import Record, Row
+
+
+class LevelFigures(Row):
+    """An arm at one level.
+
+    Attributes:
+        level: in units of one GA pass over all candidates.
+        n_reached: seeds that spent so much.
+        n_untrained: seeds whose policy still stood at the start (all was spent on choosing).
+        metrics: figure by metric.
+    """
+
+    level: float
+    n_reached: int
+    n_untrained: int
+    metrics: dict[str, Figure]
+
+
+class ArmFigures(Row):
+    """One arm on one task.
+
+    Attributes:
+        arm, method, track: which.
+        n_seeds: seeds whose cell came through.
+        failed: one line for every cell that did not.
+        notes: what the cells say of themselves, with the number of seeds.
+        fallbacks: seeds by what was done instead of ranking.
+        split_half: mean reliability of the gains it ranked by, or None.
+        phases: mean FLOPs by phase of the whole cell.
+        phase_seconds: mean wall seconds by phase.
+        area: mean preference margin over the start's, averaged over the budget from 0 to the largest level.
+        levels: by level.
+    """
+
+    arm: str
+    method: str
+    track: str
+    n_seeds: int
+    failed: tuple[str, ...] = ()
+    notes: dict[str, int] = {}
+    fallbacks: dict[str, int] = {}
+    split_half: float | None = None
+    phases: dict[str, float] = {}
+    phase_seconds: dict[str, float] = {}
+    area: float | None = None
+    levels: tuple[LevelFigures, ...] = ()
+
+
+class TaskFigures(Row):
+    """One task.
+
+    Attributes:
+        start: figures of the start (the policy before any arm), by metric.
+        arms: in the order of the protocol.
+        unit_flops: mean FLOPs of one unit of the budget.
+    """
+
+    start: dict[str, Figure]
+    arms: tuple[ArmFigures, ...]
+    unit_flops: float | None
+
+
+class ExperimentFigures(Record):
+    """Everything the cells of one experiment say.
+
+    Attributes:
+        protocol: hash of the protocol that was fixed before the first cell.
+        seeds: of the main runs.
+        tasks: by name.
+        contrasts: in the order of the protocol.
+        missing: cells that have not been run, by name.
+    """
+
+    protocol: str
+    seeds: tuple[int, ...]
+    tasks: dict[str, TaskFigures]
+    contrasts: tuple[ContrastFigures, ...]
+    missing: tuple[str, ...] = ()
+
+
+def analyse(protocol: Protocol, protocol_hash: str, cells: Cells, missing: Sequence[str] = ()) -> ExperimentFigures:
+    """Compute every table of an experiment.
+
+    Args:
+        protocol: what was declared.
+        protocol_hash: of it.
+        cells: what was found.
+        missing: names of cells that have not been run.
+
+    Returns:
+        All figures; contrasts corrected within their families.
+
+    Raises:
+        ConfigError: the seeds of a task did not measure the same prompts.
+    """
+    tasks = {task: _task(protocol, cells, task) for task in protocol.tasks}
+    contrasts = [
+        row for name, family in protocol.families.items() for row in family_contrasts(name, family, protocol, cells)
+    ]
+    return ExperimentFigures(
+        protocol=protocol_hash,
+        seeds=tuple(protocol.seeds),
+        tasks=tasks,
+        contrasts=tuple(contrasts),
+        missing=tuple(missing),
+    )
+
+
+def _task(protocol: Protocol, cells: Cells, task: str) -> TaskFigures:
+    starts = {seed: found for (name, seed), found in cells.starts.items() if name == task}
+    start = {
+        metric: figure_by_prompt({seed: cells.prompts(task, seed, read(found)) for seed, found in starts.items()})
+        for metric, read in BY_PROMPT.items()
+    }
+    start["retain_ppl"] = figure_by_seed([retain_ppl(found) for found in starts.values()])
+    units = {cell.seed: float(cell.unit_flops) for cell in cells.results if cell.task == task}
+    arms = tuple(_arm(protocol, cells, task, arm) for arm in protocol.arms if task in protocol.tasks_of(arm))
+    return TaskFigures(
+        start={name: figure for name, figure in start.items() if figure.value is not None},
+        arms=arms,
+        unit_flops=fmean(units.values()) if units else None,
+    )
+
+
+def _arm(protocol: Protocol, cells: Cells, task: str, arm: str) -> ArmFigures:
+    found = cells.of(task, arm)
+    fine = [cell for cell in found if cell.status == "ok"]
+    halves = [cell.reliability.split_half for cell in fine if cell.reliability is not None]
+    defined = [value for value in halves if value is not None]
+    return ArmFigures(
+        arm=arm,
+        method=protocol.arms[arm].method,
+        track=found[0].track if found else "none",
+        n_seeds=len(fine),
+        failed=tuple(f"seed {cell.seed}: {cell.status}: {cell.error}" for cell in found if cell.status != "ok"),
+        notes=dict(Counter(cell.note for cell in fine if cell.note)),
+        fallbacks=dict(Counter(cell.fallback for cell in fine if cell.weights is not None)),
+        split_half=fmean(defined) if defined else None,
+        phases=_mean_by_name([cell.spent.flops for cell in fine]),
+        phase_seconds=_mean_by_name([cell.spent.seconds for cell in fine]),
+        area=_area(cells, task, fine),
+        levels=tuple(_level(cells, task, fine, k) for k in range(len(protocol.budgets.levels))) if fine else (),
+    )
+
+
+def _level(cells: Cells, task: str, fine: Sequence[CellResult], k: int) -> LevelFigures:
+    at = {cell.seed: cell.levels[k] for cell in fine}
+    metrics = {
+        metric: figure_by_prompt({seed: cells.prompts(task, seed, read(found.measured)) for seed, found in at.items()})
+        for metric, read in BY_PROMPT.items()
+    }
+    metrics |= {metric: figure_by_seed([read(found) for found in at.values()]) for metric, read in BY_SEED.items()}
+    return LevelFigures(
+        level=fine[0].levels[k].level,
+        n_reached=sum(found.reached for found in at.values()),
+        n_untrained=sum(found.untrained for found in at.values()),
+        metrics={name: figure for name, figure in metrics.items() if figure.value is not None},
+    )
+
+
+def _area(cells: Cells, task: str, fine: Sequence[CellResult]) -> float | None:
+    """Mean over seeds of the preference margin's rise over the start, averaged over the budget (trapezoids)."""
+    areas = []
+    for cell in fine:
+        begin = cells.starts.get((task, cell.seed))
+        if begin is None or not begin.margin:
+            return None
+        base = fmean(cells.prompts(task, cell.seed, begin.margin).values())
+        points = [(0.0, 0.0)]
+        for found in cell.levels:
+            mean = fmean(cells.prompts(task, cell.seed, found.measured.margin).values())
+            points.append((found.level, mean - base))
+        areas.append(area(points))
+    return fmean(areas) if areas else None
+
+
+def area(points: Sequence[tuple[float, float]]) -> float:
+    """Mean height of a broken line over its whole width.
+
+    Args:
+        points: (x, y), x rising, at least two.
+
+    Returns:
+        The integral by trapezoids divided by the width.
+
+    >>> area([(0.0, 0.0), (1.0, 2.0), (3.0, 2.0)])
+    1.6666666666666667
+    """
+    pieces = zip(points, points[1:], strict=False)
+    total = math.fsum((right - left) * (low + high) / 2 for (left, low), (right, high) in pieces)
+    return total / (points[-1][0] - points[0][0])
+
+
+def budget_to_reach(points: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Where a curve first reaches a target, by straight lines between its points.
+
+    Args:
+        points: (budget, value), budgets rising.
+        target: value to reach.
+
+    Returns:
+        The budget, or None when it is not reached within the points (censored at the last).
+
+    >>> budget_to_reach([(0.0, 0.0), (1.0, 0.5), (4.0, 2.0)], 1.0)
+    2.0
+    """
+    for index, (at, value) in enumerate(points):
+        if value >= target:
+            if index == 0:
+                return at
+            before, low = points[index - 1]
+            return before + (at - before) * (target - low) / (value - low)
+    return None
+
+
+def _mean_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: fmean(float(row.get(name, 0.0)) for row in rows) for name in names}

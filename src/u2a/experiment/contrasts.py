@@ -1,0 +1,126 @@
+"""Contrasts of two arms over seeds and prompts, as declared beforehand, corrected within their families."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from u2a.errors import ConfigError
+from u2a.evaluation.significance import equivalence, holm, sign_flip_test
+from u2a.experiment.estimates import BY_PROMPT, BY_SEED, LOWER_IS_BETTER, Cells, crossed, t_interval
+from u2a.experiment.protocol import FamilySection, Protocol
+from u2a.record import Row
+
+
+class ContrastFigures(Row):
+    """First arm minus second, over the seeds both have.
+
+    Attributes:
+        family, task, metric, level, first, second: which comparison.
+        difference: mean; interval in ``low`` and ``high`` (95 %).
+        n_seeds, n_prompts: what it rests on.
+        p: two-sided p-value of flipping the signs of whole seeds; never below 2^(1 - n_seeds).
+        p_holm: the same, corrected over all tests of the family.
+        margin: largest difference that does not matter, declared beforehand, or None.
+        equivalent: whether two one-sided tests over seeds show the difference to be within it; None without.
+        verdict: ``better``, ``worse`` (the interval excludes 0 and p_holm <= 0.05), ``equivalent``, ``not shown``.
+    """
+
+    family: str
+    task: str
+    metric: str
+    level: float
+    first: str
+    second: str
+    difference: float | None
+    low: float | None
+    high: float | None
+    n_seeds: int
+    n_prompts: int | None
+    p: float | None
+    p_holm: float | None = None
+    margin: float | None = None
+    equivalent: bool | None = None
+    verdict: str = "not shown"
+
+
+def family_contrasts(name: str, family: FamilySection, protocol: Protocol, cells: Cells) -> list[ContrastFigures]:
+    """The contrasts of one family on every task that has both arms, corrected by Holm's procedure.
+
+    Args:
+        name: of the family.
+        family: what it declares.
+        protocol: tasks, arms and margins.
+        cells: what was found.
+
+    Returns:
+        One row per contrast and task; a contrast that cannot be computed counts in the correction.
+    """
+    margin = protocol.margins.get(family.metric)
+    rows = []
+    for task in protocol.tasks:
+        for first, second in family.contrasts:
+            if all(task in protocol.tasks_of(arm) for arm in (first, second)):
+                rows.append(_contrast(name, family, task, (first, second), margin, cells))
+    adjusted = holm({str(k): row.p for k, row in enumerate(rows)})
+    return [
+        row.model_copy(update={"p_holm": adjusted[str(k)], "verdict": _verdict(row, adjusted[str(k)])})
+        for k, row in enumerate(rows)
+    ]
+
+
+def _contrast(
+    name: str, family: FamilySection, task: str, arms: tuple[str, str], margin: float | None, cells: Cells
+) -> ContrastFigures:
+    sides = [
+        {cell.seed: level for cell in cells.of(task, arm) for level in cell.levels if level.level == family.level}
+        for arm in arms
+    ]
+    ok = [{cell.seed for cell in cells.of(task, arm) if cell.status == "ok"} for arm in arms]
+    seeds = sorted(sides[0].keys() & sides[1].keys() & ok[0] & ok[1])
+    if family.metric in BY_PROMPT:
+        read = BY_PROMPT[family.metric]
+        pairs = {seed: [cells.prompts(task, seed, read(side[seed].measured)) for side in sides] for seed in seeds}
+        differences = {
+            str(seed): {prompt: left[prompt] - right[prompt] for prompt in left.keys() & right.keys()}
+            for seed, (left, right) in pairs.items()
+        }
+        differences = {seed: values for seed, values in differences.items() if values}
+        interval = crossed(differences)
+        means = {seed: fmean(values.values()) for seed, values in differences.items()}
+        n_prompts: int | None = interval.n
+    elif family.metric in BY_SEED:
+        values = {seed: [BY_SEED[family.metric](side[seed]) for side in sides] for seed in seeds}
+        means = {
+            str(seed): left - right for seed, (left, right) in values.items() if left is not None and right is not None
+        }
+        interval, n_prompts = t_interval(list(means.values())), None
+    else:
+        known = ", ".join([*BY_PROMPT, *BY_SEED])
+        raise ConfigError(f"families.{name}.metric: {family.metric!r} is no metric of an experiment ({known})")
+    tost = None if margin is None or len(means) < 2 else equivalence(means, margin)
+    return ContrastFigures(
+        family=name,
+        task=task,
+        metric=family.metric,
+        level=family.level,
+        first=arms[0],
+        second=arms[1],
+        difference=interval.value,
+        low=interval.low,
+        high=interval.high,
+        n_seeds=len(means),
+        n_prompts=n_prompts,
+        p=sign_flip_test(means).p if means else None,
+        margin=margin,
+        equivalent=None if tost is None else tost.equivalent,
+    )
+
+
+def _verdict(row: ContrastFigures, p_holm: float | None) -> str:
+    if row.low is not None and row.high is not None and p_holm is not None and p_holm <= 0.05:
+        lower = row.metric in LOWER_IS_BETTER
+        if row.low > 0:
+            return "worse" if lower else "better"
+        if row.high < 0:
+            return "better" if lower else "worse"
+    return "equivalent" if row.equivalent else "not shown"

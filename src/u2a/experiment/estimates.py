@@ -1,0 +1,185 @@
+"""Means over seeds and prompts of what cells measured, with intervals.
+
+The unit of resampling is the prompt (values of one prompt are averaged first), crossed with the seed: every seed
+measures the same prompts. Retain rows differ between seeds, so perplexity and compute have the seed as their unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import scipy.stats
+
+from u2a.errors import ConfigError
+from u2a.evaluation.stats import Interval, hierarchical_difference
+from u2a.experiment.cell import CellResult, LevelResult, Measured
+from u2a.record import Row
+
+RESAMPLES = 10_000
+BY_PROMPT: dict[str, Callable[[Measured], Mapping[str, float]]] = {
+    "preference_margin": lambda found: found.margin,
+    "preference_accuracy": lambda found: found.hit,
+    "reward": lambda found: found.reward,
+    "second_reward": lambda found: found.second_reward,
+    "answer_words": lambda found: found.words,
+    "refusal_rate": lambda found: found.refusal,
+    "degenerate_rate": lambda found: found.degenerate,
+}
+BY_SEED: dict[str, Callable[[LevelResult], float | None]] = {
+    "retain_ppl": lambda found: retain_ppl(found.measured),
+    "flops": lambda found: float(found.spent.total_flops),
+    "seconds": lambda found: sum(found.spent.seconds.values()),
+    "cpu_seconds": lambda found: sum(found.spent.cpu_seconds.values()),
+    "peak_rss_bytes": lambda found: float(found.spent.peak_rss_bytes),
+}
+LOWER_IS_BETTER = ("degenerate_rate", *BY_SEED)
+
+
+class Figure(Row):
+    """A mean over seeds with its interval.
+
+    Attributes:
+        value: the mean, or None where no seed has the value.
+        low, high: ends of the 95 % interval, or None with fewer than two seeds or prompts.
+        n_seeds: seeds that count.
+        n_prompts: prompts of each, or None where the seed is the unit.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n_seeds: int = 0
+    n_prompts: int | None = None
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The chosen cells of an experiment's test split.
+
+    Attributes:
+        results: all of them.
+        groups: prompt by item id, by (task, seed).
+        starts: measurement of the start by (task, seed).
+    """
+
+    results: Sequence[CellResult]
+    groups: Mapping[tuple[str, int], Mapping[str, str]]
+    starts: Mapping[tuple[str, int], Measured]
+
+    def of(self, task: str, arm: str) -> list[CellResult]:
+        """Cells of one arm on one task, by seed.
+
+        Args:
+            task: name.
+            arm: name.
+
+        Returns:
+            In the order of the seeds, failed ones too.
+        """
+        found = [cell for cell in self.results if (cell.task, cell.arm) == (task, arm)]
+        return sorted(found, key=lambda cell: cell.seed)
+
+    def prompts(self, task: str, seed: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Average the values of every prompt.
+
+        Args:
+            task: name.
+            seed: seed.
+            values: by item id.
+
+        Returns:
+            Mean by prompt.
+        """
+        groups = self.groups[task, seed]
+        gathered: defaultdict[str, list[float]] = defaultdict(list)
+        for item, value in values.items():
+            gathered[groups[item]].append(value)
+        return {prompt: fmean(found) for prompt, found in gathered.items()}
+
+
+def retain_ppl(measured: Measured) -> float | None:
+    """Perplexity of the retain rows.
+
+    Args:
+        measured: with their NLL and tokens.
+
+    Returns:
+        exp(nats per token), or None where it is undefined or overflows (a collapse).
+    """
+    tokens = sum(measured.retain_tokens[row] for row in measured.retain_nll)
+    if not tokens:
+        return None
+    nats = math.fsum(measured.retain_nll.values()) / tokens
+    return math.exp(nats) if nats < 700 else None
+
+
+def figure_by_prompt(values: Mapping[int, Mapping[str, float]]) -> Figure:
+    """Mean over seeds and prompts.
+
+    Args:
+        values: by seed and prompt; seeds without any are left out.
+
+    Returns:
+        The figure.
+    """
+    filled = {str(seed): dict(found) for seed, found in values.items() if found}
+    interval = crossed(filled)
+    return Figure(value=interval.value, low=interval.low, high=interval.high, n_seeds=len(filled), n_prompts=interval.n)
+
+
+def crossed(values: Mapping[str, Mapping[str, float]]) -> Interval:
+    """Mean over seeds and prompts, both resampled.
+
+    Args:
+        values: by seed and prompt, the same prompts under every seed.
+
+    Returns:
+        The interval; it has no ends with one seed, since prompts alone would look too certain.
+
+    Raises:
+        ConfigError: the prompts differ between seeds.
+    """
+    sets = {frozenset(found) for found in values.values()}
+    if len(sets) > 1:
+        raise ConfigError(
+            "the seeds did not measure the same prompts, so nothing can be said over seeds "
+            "(set partition.held_out_seed in the task's configuration)"
+        )
+    return hierarchical_difference(values, RESAMPLES, seed=0)
+
+
+def figure_by_seed(values: Sequence[float | None]) -> Figure:
+    """Mean over seeds.
+
+    Args:
+        values: one per seed; None where it is undefined.
+
+    Returns:
+        The figure, over the seeds that have a value.
+    """
+    interval = t_interval([value for value in values if value is not None])
+    return Figure(value=interval.value, low=interval.low, high=interval.high, n_seeds=interval.n)
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean over seeds with a t interval.
+
+    Args:
+        values: one per seed.
+
+    Returns:
+        The 95 % interval; ``n`` counts seeds.
+    """
+    n = len(values)
+    if n == 0:
+        return Interval(None, None, None, 0)
+    mean = fmean(values)
+    if n == 1:
+        return Interval(mean, None, None, 1)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    half = float(scipy.stats.t(n - 1).ppf(0.975)) * spread
+    return Interval(mean, mean - half, mean + half, n)

@@ -1,0 +1,233 @@
+"""What a protocol asks to be run, where each result is kept, and which trial tuning has chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from u2a.errors import ConfigError
+from u2a.experiment.cell import Cell, CellResult
+from u2a.experiment.claims import is_claimed
+from u2a.experiment.protocol import Protocol, decisive_text, task_config
+from u2a.experiment.setting import SettingRecord, Split, Workplace
+from u2a.experiment.tuning import Tuned, choose_trial, perplexity
+from u2a.record import content_id
+
+State = Literal["ok", "diverged", "failed", "running", "open", "waits for tuning"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the tables; which trial stands there may depend on the tuning.
+
+    Attributes:
+        task: name of the task.
+        arm: name of the arm.
+        seed: seed.
+        trial: its number, or None for the one that tuning chooses.
+    """
+
+    task: str
+    arm: str
+    seed: int
+    trial: int | None
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One line of ``--list``.
+
+    Attributes:
+        name: of the cell.
+        state: of it.
+        seconds: it took, or None.
+        error: why it failed; else empty.
+    """
+
+    name: str
+    state: State
+    seconds: float | None = None
+    error: str = ""
+
+
+def slots(protocol: Protocol, only: Sequence[str] = ()) -> list[Slot]:
+    """List everything to be run: first the tuning, then seed by seed all tasks and arms.
+
+    Args:
+        protocol: the protocol.
+        only: names of arms; empty for all.
+
+    Returns:
+        The slots in order of work.
+
+    Raises:
+        ConfigError: a name in ``only`` is no arm.
+    """
+    unknown = sorted(set(only) - set(protocol.arms))
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]}: no such arm (expected some of: {', '.join(protocol.arms)})")
+    arms = [arm for arm in protocol.arms if not only or arm in only]
+    tuning = [
+        Slot(task, arm, seed, trial)
+        for arm in arms
+        if len(protocol.arms[arm].trials) > 1
+        for task in protocol.tasks_of(arm)
+        for seed in protocol.tuning.seeds
+        for trial in range(len(protocol.arms[arm].trials))
+    ]
+    main = [
+        Slot(task, arm, seed, None if len(protocol.arms[arm].trials) > 1 else 0)
+        for seed in protocol.seeds
+        for task in protocol.tasks
+        for arm in arms
+        if task in protocol.tasks_of(arm) and seed in protocol.seeds_of(arm)
+    ]
+    return tuning + main
+
+
+@dataclass
+class Plan:
+    """The cells of a protocol and their files.
+
+    Attributes:
+        protocol: the protocol.
+        only: names of arms; empty for all.
+    """
+
+    protocol: Protocol
+    only: tuple[str, ...] = ()
+    _places: dict[tuple[str, int], Workplace] = field(default_factory=dict)
+    _cells: dict[Slot, Cell] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The experiment's directory."""
+        return Path(self.protocol.output_dir)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Everything to be run, in order of work."""
+        return slots(self.protocol, self.only)
+
+    def place(self, slot: Slot) -> Workplace:
+        """The folder of a slot's setting.
+
+        Args:
+            slot: the slot.
+
+        Returns:
+            The workplace; another content of data or options has another folder.
+        """
+        where = slot.task, slot.seed
+        if where in self._places:
+            return self._places[where]
+        config = task_config(self.protocol, slot.task, slot.seed)
+        split: Split = "dev" if slot.seed in self.protocol.tuning.seeds else "test"
+        dev_frac = self.protocol.tuning.dev_frac if self.protocol.tunes else 0.0
+        key = content_id(decisive_text(config), split, f"{dev_frac:g}")
+        folder = self.folder / "settings" / f"{slot.task}.s{slot.seed}.{key}"
+        config = config.model_copy(update={"output_dir": str(folder)})
+        self._places[where] = Workplace(slot.task, folder, config, split, dev_frac)
+        return self._places[where]
+
+    def cell(self, slot: Slot) -> Cell | None:
+        """The cell of a slot.
+
+        Args:
+            slot: the slot.
+
+        Returns:
+            The cell, or None while its tuning is not done.
+        """
+        if slot in self._cells:
+            return self._cells[slot]
+        trial = slot.trial
+        if trial is None:
+            tuned = self.tuned(slot.task, slot.arm)
+            if tuned is None:
+                return None
+            trial = tuned.trial
+        protocol, arm, place = self.protocol, self.protocol.arms[slot.arm], self.place(slot)
+        levels, full = protocol.budgets.levels, protocol.budgets.full
+        if place.split == "dev":  # no more than the choice needs
+            levels = [level for level in levels if level <= protocol.tuning.level]
+            full = [protocol.tuning.level] if protocol.tuning.metric == "reward" else []
+        self._cells[slot] = Cell(
+            task=slot.task,
+            arm=slot.arm,
+            method=arm.method,
+            config=task_config(protocol, slot.task, slot.seed, slot.arm),
+            split=place.split,
+            dev_frac=place.dev_frac,
+            trial=trial,
+            values=arm.trials[trial],
+            levels=tuple(levels),
+            full=tuple(full),
+        )
+        return self._cells[slot]
+
+    def path(self, cell: Cell) -> Path:
+        """The file of a cell's result.
+
+        Args:
+            cell: the cell.
+
+        Returns:
+            A path that depends on all that decides the result.
+        """
+        return self.folder / "cells" / f"{cell.name}.{cell.key()}.json"
+
+    def tuned(self, task: str, arm: str) -> Tuned | None:
+        """The trial that tuning chose for an arm.
+
+        Args:
+            task: name of the task.
+            arm: name of the arm.
+
+        Returns:
+            The choice, also ``tuning/TASK.ARM.json``; None while a tuning cell is missing.
+        """
+        found: list[CellResult] = []
+        starts: dict[int, float] = {}
+        for seed in self.protocol.tuning.seeds:
+            for slot in (Slot(task, arm, seed, trial) for trial in range(len(self.protocol.arms[arm].trials))):
+                cell, place = self.cell(slot), self.place(slot)
+                if cell is None or not self.path(cell).exists():
+                    return None
+                found.append(CellResult.load(self.path(cell)))
+                start = SettingRecord.load(place.record).start
+                starts[seed] = perplexity(start.retain_nll, start.retain_tokens) or float("inf")
+        choice = choose_trial(self.protocol.tuning, found, starts)
+        path = self.folder / "tuning" / f"{task}.{arm}.json"
+        if not path.exists() or Tuned.load(path) != choice:
+            choice.save(path)
+        return choice
+
+    def claim(self, name: str) -> Path:
+        """The file that says who works on something.
+
+        Args:
+            name: of a cell or of a setting's folder.
+
+        Returns:
+            The path.
+        """
+        return self.folder / "claims" / name
+
+    def listed(self) -> Iterator[Listed]:
+        """Tell the state of every cell.
+
+        Yields:
+            One line per slot, in order of work.
+        """
+        for slot in self.slots:
+            cell = self.cell(slot)
+            if cell is None:
+                yield Listed(f"{slot.task}.{slot.arm}.s{slot.seed}", "waits for tuning")
+            elif self.path(cell).exists():
+                result = CellResult.load(self.path(cell))
+                yield Listed(cell.name, result.status, result.seconds, result.error)
+            else:
+                yield Listed(cell.name, "running" if is_claimed(self.claim(cell.name)) else "open")

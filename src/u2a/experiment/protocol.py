@@ -1,0 +1,390 @@
+"""The protocol of an experiment: everything that decides a number, fixed before the first cell is run."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from u2a import __version__
+from u2a.config import SOURCES, RunConfig
+from u2a.config_base import Count, Frac, Positive, Section, option
+from u2a.config_evaluation import EvaluationSection
+from u2a.config_file import load_config
+from u2a.errors import ConfigError, RecordError
+from u2a.record import Record, content_id, one_line
+from u2a.yaml_file import read_yaml
+
+ARM_SECTIONS = ("unlearn", "solve", "reward.prefilter_frac")  # options an arm may set for itself; the rest is shared
+
+
+class TaskSection(Section):
+    """One data set with its start."""
+
+    config: str = option("", "configuration file of a run, relative to the protocol's folder")
+    set: list[str] = option([], "changes to it, as section.option=value")
+
+
+class ArmSection(Section):
+    """One row of the tables."""
+
+    method: str = option("", "name of the method")
+    set: list[str] = option([], "changes to the task's options, as section.option=value (sections unlearn and solve)")
+    tasks: list[str] | None = option(None, "tasks it is run on (null: all)")
+    seeds: Count | None = option(None, "run on this many of the seeds, the first ones (null: all)")
+    trials: list[dict[str, float]] = option([{}], "hyperparameters by name; of several the tuning rule chooses one")
+
+
+class BudgetSection(Section):
+    """How much every arm may spend."""
+
+    levels: list[Positive] = option([0.25, 1.0, 4.0], "rising, in units of one GA pass over all candidates")
+    full: list[Positive] = option([1.0], "levels at which answers are generated, too")
+
+
+class MeasureSection(Section):
+    """What is measured at a level."""
+
+    prompts: Count = option(48, "evaluation prompts answered at full levels")
+    max_new_tokens: Count = option(32, "tokens per answer")
+
+
+class TuningSection(Section):
+    """How one of an arm's trials is chosen: on other seeds, and on prompts that no table counts."""
+
+    seeds: list[int] = option([1000], "seeds of the tuning runs")
+    level: Positive = option(1.0, "budget level of the choice")
+    metric: Literal["preference_margin", "preference_accuracy", "reward"] = option(
+        "preference_margin", "highest mean over tuning seeds wins"
+    )
+    max_ppl_ratio: Positive = option(1.1, "among trials whose retain perplexity is at most this times the start's")
+    dev_frac: Frac = option(0.33, "share of evaluation prompts, by hash, that only tuning reads")
+
+
+class FamilySection(Section):
+    """Tests that are corrected together."""
+
+    metric: str = option("preference_margin", "what is compared")
+    level: Positive = option(1.0, "at which budget level")
+    contrasts: list[tuple[str, str]] = option([], "pairs of arms; the difference is first minus second")
+
+
+class StatementSection(Section):
+    """A statement that the experiment is to judge, with the rule of its verdict."""
+
+    text: str = option("", "the statement, in a sentence")
+    rule: Literal["better", "not_worse", "cheaper"] = option(
+        "better", "better, not_worse: by the contrasts of family; cheaper: by what the first of arms needs for as much"
+    )
+    family: str = option("", "family of contrasts (better, not_worse)")
+    arms: tuple[str, str] = option(("", ""), "cheaper: the arm, and the arm whose end it must reach")
+    metric: Literal["preference_margin", "preference_accuracy", "reward"] = option(
+        "preference_margin", "cheaper: in what"
+    )
+    at_most: Positive = option(0.1, "cheaper: with at most this share of the other's budget")
+
+
+class Protocol(Section):
+    """All of an experiment."""
+
+    output_dir: str = option("runs/experiment", "folder of everything the experiment writes")
+    tasks: dict[str, TaskSection] = option({}, "data sets by name")
+    seeds: list[int] = option([0, 1], "seeds of the main runs")
+    arms: dict[str, ArmSection] = option({}, "arms by name")
+    budgets: BudgetSection = option(BudgetSection(), "levels")
+    measure: MeasureSection = option(MeasureSection(), "what is measured")
+    tuning: TuningSection = option(TuningSection(), "how trials are chosen")
+    families: dict[str, FamilySection] = option({}, "tests by family, declared beforehand")
+    margins: dict[str, float] = option({}, "margins of equivalence by metric, in its unit")
+    statements: dict[str, StatementSection] = option({}, "what is to be judged, by name")
+
+    @model_validator(mode="after")
+    def _conflicts(self) -> Protocol:
+        problems = [*_arm_problems(self), *_level_problems(self)]
+        if not self.tasks or not self.arms or not self.seeds:
+            problems.append("tasks, arms and seeds: each needs at least one")
+        if len(set(self.seeds)) < len(self.seeds) or set(self.seeds) & set(self.tuning.seeds):
+            problems.append("seeds: each may stand once, and not in tuning.seeds")
+        if self.tunes and (not self.tuning.seeds or not 0.0 < self.tuning.dev_frac < 1.0):
+            problems.append("tuning: arms with several trials need tuning.seeds, and a tuning.dev_frac inside (0, 1)")
+        for name, family in self.families.items():
+            unknown = sorted({arm for pair in family.contrasts for arm in pair} - set(self.arms))
+            problems += [f"families.{name}: {arm!r} is no arm" for arm in unknown]
+            if family.level not in self.budgets.levels:
+                problems.append(f"families.{name}.level: {family.level:g} is none of budgets.levels")
+        problems += _statement_problems(self)
+        names = [name for name in (*self.tasks, *self.arms) if not name.replace("-", "_").replace("_", "a").isalnum()]
+        problems += [f"{name!r}: names of tasks and arms are made of letters, digits, _ and -" for name in names]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def tunes(self) -> bool:
+        """Whether any arm has a choice of trials."""
+        return any(len(arm.trials) > 1 for arm in self.arms.values())
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """The main seeds of an arm.
+
+        Args:
+            arm: its name.
+
+        Returns:
+            The first ones of all seeds.
+        """
+        return self.seeds[: self.arms[arm].seeds]
+
+    def tasks_of(self, arm: str) -> list[str]:
+        """The tasks of an arm.
+
+        Args:
+            arm: its name.
+
+        Returns:
+            Names in the order of the protocol.
+        """
+        chosen = self.arms[arm].tasks
+        return [task for task in self.tasks if chosen is None or task in chosen]
+
+
+def _arm_problems(protocol: Protocol) -> Iterator[str]:
+    for name, arm in protocol.arms.items():
+        if not arm.method:
+            yield f"arms.{name}.method: not set"
+        if not arm.trials:
+            yield f"arms.{name}.trials: empty (leave it out, or give at least one)"
+        yield from (f"arms.{name}.tasks: {task!r} is no task" for task in arm.tasks or [] if task not in protocol.tasks)
+        for text in arm.set:
+            key = text.partition("=")[0]
+            if key not in ARM_SECTIONS and key.partition(".")[0] not in ARM_SECTIONS:
+                yield f"arms.{name}.set: {key} is shared by all arms (an arm may set {', '.join(ARM_SECTIONS)})"
+
+
+def _statement_problems(protocol: Protocol) -> Iterator[str]:
+    for name, statement in protocol.statements.items():
+        if statement.rule != "cheaper" and statement.family not in protocol.families:
+            yield f"statements.{name}.family: {statement.family!r} is no family"
+        if statement.rule == "cheaper":
+            unknown = sorted(set(statement.arms) - set(protocol.arms))
+            yield from (f"statements.{name}.arms: {arm!r} is no arm" for arm in unknown)
+
+
+def _level_problems(protocol: Protocol) -> Iterator[str]:
+    levels = protocol.budgets.levels
+    if not levels or levels != sorted(set(levels)):
+        yield f"budgets.levels: {levels}, expected rising numbers"
+    if not set(protocol.budgets.full) <= set(levels):
+        yield "budgets.full: each must be one of budgets.levels"
+    if protocol.tunes and protocol.tuning.level not in levels:
+        yield f"tuning.level: {protocol.tuning.level:g} is none of budgets.levels"
+
+
+class FrozenProtocol(Record):
+    """What ``protocol.json`` holds.
+
+    Attributes:
+        hash: of the document.
+        document: the protocol, with the options of every task and the content of its files.
+    """
+
+    hash: str
+    document: dict[str, Any] = Field(default_factory=dict)
+
+
+def load_protocol(path: str | Path) -> Protocol:
+    """Read a protocol strictly and report every problem at once.
+
+    Args:
+        path: YAML file.
+
+    Returns:
+        The protocol; paths of the tasks' configurations are resolved against the file's folder.
+
+    Raises:
+        ConfigError: unreadable, unknown options, wrong values, or options in conflict.
+    """
+    tree, problems = read_yaml(Path(path))
+    tasks = tree.get("tasks")
+    for task in tasks.values() if isinstance(tasks, dict) else ():
+        if isinstance(task, dict) and isinstance(name := task.get("config"), str):
+            task["config"] = str(Path(path).parent / name)
+    try:
+        protocol = Protocol.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError([one_line(text) for text in (*problems, *_sentences(error))]) from None
+    if problems:
+        raise ConfigError(problems)
+    return protocol
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(item["loc"][-1]), sorted(set(_names(Protocol))), n=1)
+            yield f"{place}: unknown option" + (f" (did you mean {near[0]}?)" if near else "")
+        elif item["type"] == "value_error":
+            yield item["msg"].removeprefix("Value error, ")
+        else:
+            yield f"{place}: {item['msg']}, got {item['input']!r}"
+
+
+def _names(section: type[BaseModel]) -> Iterator[str]:
+    """Names of all options of the protocol."""
+    for other in (section, TaskSection, ArmSection, BudgetSection, MeasureSection, TuningSection, FamilySection):
+        yield from other.model_fields
+
+
+def task_config(protocol: Protocol, task: str, seed: int, arm: str | None = None) -> RunConfig:
+    """Read the options of a task, with the changes of an arm.
+
+    Args:
+        protocol: the protocol.
+        task: its name.
+        seed: of the run.
+        arm: its name; None for what all arms share.
+
+    Returns:
+        The options.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    section = protocol.tasks[task]
+    changes = [*section.set, *(protocol.arms[arm].set if arm is not None else ())]
+    try:
+        config = load_config(section.config, [*changes, f"seed={seed}"])
+    except ConfigError as error:
+        where = f"tasks.{task}" + (f", arms.{arm}" if arm else "")
+        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
+    if config.reward.model == "implicit":
+        raise ConfigError(f"tasks.{task}: reward.model: implicit is the policy itself, it cannot be asked by all arms")
+    return config.model_copy(update={"evaluation": measurement(protocol)})
+
+
+def measurement(protocol: Protocol) -> EvaluationSection:
+    """Options of the evaluation at a full level, the same in every cell.
+
+    Args:
+        protocol: the protocol.
+
+    Returns:
+        Prompts and greedy decoding; intervals are made later, from the values of single items.
+    """
+    sizes = protocol.measure
+    return EvaluationSection(generate_prompts=sizes.prompts, max_new_tokens=sizes.max_new_tokens, bootstrap=100)
+
+
+def decisive(config: RunConfig) -> dict[str, Any]:
+    """What decides the numbers of a run: all options, with the content of files in the place of their paths.
+
+    Args:
+        config: options of a run.
+
+    Returns:
+        A document without paths of this machine.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    document = config.model_dump(mode="json", exclude={"output_dir", "robustness"})
+    document["model"]["name_or_path"] = _content(config.model.name_or_path)
+    for name in SOURCES:
+        source = getattr(config.data, name)
+        document["data"][name] = None if source is None else _content(source)
+    for name in ("name_or_path", "eval_name_or_path", "second_name_or_path"):
+        document["reward"][name] = _content(getattr(config.reward, name))
+    return document
+
+
+def decisive_text(config: RunConfig) -> str:
+    """The same as one canonical text, to be hashed.
+
+    Args:
+        config: options of a run.
+
+    Returns:
+        JSON with sorted keys.
+    """
+    return json.dumps(decisive(config), sort_keys=True)
+
+
+def _content(name: str) -> str:
+    """A file's or a model folder's content; any other name is what it says."""
+    path = Path(name)
+    if not name or not path.exists():
+        return name
+    files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
+    try:
+        stats = [(file, file.stat()) for file in files]
+        return content_id(*(_digest(file, stat.st_mtime_ns, stat.st_size) for file, stat in stats))
+    except OSError as error:
+        raise ConfigError(f"{one_line(name)}: cannot be read ({error})") from None
+
+
+@lru_cache(maxsize=256)
+def _digest(file: Path, changed_ns: int, size: int) -> str:
+    """Hash a file, once as long as it does not change."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
+def frozen(protocol: Protocol) -> FrozenProtocol:
+    """Resolve a protocol into the document that stands for it.
+
+    Args:
+        protocol: the protocol.
+
+    Returns:
+        Document and hash; equal on every machine with equal files, whatever the paths.
+    """
+    document = protocol.model_dump(mode="json", exclude={"output_dir", "tasks"})
+    document["tasks"] = {name: decisive(task_config(protocol, name, 0)) for name in protocol.tasks}
+    document["version"] = __version__
+    return FrozenProtocol(hash=content_id(json.dumps(document, sort_keys=True)), document=document)
+
+
+def protocol_hash(protocol: Protocol) -> str:
+    """Hash everything that decides a number.
+
+    Args:
+        protocol: the protocol.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return frozen(protocol).hash
+
+
+def fix(protocol: Protocol, replace: bool = False) -> FrozenProtocol:
+    """Write ``protocol.json`` before the first cell, or check that it is still the same.
+
+    Args:
+        protocol: the protocol.
+        replace: put this one in the place of another one; cells that it decides otherwise are run anew.
+
+    Returns:
+        What is written there.
+
+    Raises:
+        RecordError: another protocol stands there.
+    """
+    path, now = Path(protocol.output_dir) / "protocol.json", frozen(protocol)
+    if path.exists() and not replace:
+        before = FrozenProtocol.load(path)
+        if before.hash != now.hash:
+            parts = sorted(key for key in now.document if now.document[key] != before.document.get(key))
+            raise RecordError(
+                f"{path}: results of another protocol are there ({', '.join(parts) or 'other content'} changed since; "
+                "name another output_dir, or give --new-protocol)"
+            )
+        return before
+    now.save(path)
+    return now

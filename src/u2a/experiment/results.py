@@ -1,0 +1,251 @@
+"""Files of an experiment's results: ``main.json`` for scripts, ``results.md`` for people, and the figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from u2a.console import interval, number
+from u2a.environment import machine_text
+from u2a.experiment.analysis import ArmFigures, ExperimentFigures, LevelFigures, TaskFigures
+from u2a.experiment.contrasts import ContrastFigures
+from u2a.experiment.estimates import Figure
+from u2a.experiment.protocol import Protocol
+from u2a.experiment.statements import Verdict
+from u2a.figure_file import save_figure
+from u2a.figures import Frame, Series, bar_chart, xy_chart
+from u2a.record import write_whole
+
+COLUMNS = {
+    "preference_margin": "preference margin ↑",
+    "preference_accuracy": "accuracy ↑",
+    "reward": "reward ↑",
+    "second_reward": "second reward ↑",
+    "retain_ppl": "retain perplexity ↓",
+    "answer_words": "words",
+    "degenerate_rate": "degenerate ↓",
+}
+CURVES = 6  # arms in one figure, one per colour
+
+
+def write_results(
+    protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Verdict], folder: Path
+) -> tuple[Path, ...]:
+    """Write tables and figures of an experiment.
+
+    Args:
+        protocol: what was declared.
+        found: what was found.
+        verdicts: on its statements.
+        folder: where to; files of the same names are replaced.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "main.json", folder / "results.md"]
+    write_whole(files[0], json.dumps(document(protocol, found, verdicts), indent=1, allow_nan=False) + "\n")
+    parts = [*_head(protocol, found), *_statements(verdicts)]
+    for name, task in found.tasks.items():
+        figures = _figures(protocol, name, task, folder)
+        files += figures
+        parts += _task(protocol, name, task, [path.name for path in figures])
+    parts += _contrasts(found.contrasts)
+    parts += _failures(found)
+    write_whole(files[1], "\n".join(parts) + "\n")
+    return tuple(files)
+
+
+def document(protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """The content of ``main.json``.
+
+    Args:
+        protocol: what was declared.
+        found: what was found.
+        verdicts: on its statements.
+
+    Returns:
+        Per task and arm the figures at every level, and those of the largest full level at the top.
+    """
+    level = max(protocol.budgets.full)
+    tasks = {
+        name: {arm.arm: _arm_entry(arm, level) for arm in task.arms} | {"start": _entry(task.start)}
+        for name, task in found.tasks.items()
+    }
+    return {
+        "protocol": found.protocol,
+        "machine": machine_text(),
+        "level": level,
+        "seeds": list(found.seeds),
+        "tasks": tasks,
+        "contrasts": [row.model_dump(mode="json") for row in found.contrasts],
+        "verdicts": {row.name: row.model_dump(mode="json", exclude={"name"}) for row in verdicts},
+        "missing": list(found.missing),
+    }
+
+
+def _arm_entry(arm: ArmFigures, level: float) -> dict[str, Any]:
+    at = {found.level: found for found in arm.levels}
+    top = _entry(at[level].metrics) if level in at else {}
+    rest = arm.model_dump(mode="json", exclude={"arm", "levels"})
+    return {**top, **rest, "levels": [found.model_dump(mode="json") for found in arm.levels]}
+
+
+def _entry(metrics: dict[str, Figure]) -> dict[str, Any]:
+    return {name: figure.model_dump(mode="json") for name, figure in metrics.items()}
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Make a Markdown table.
+
+    Args:
+        head: column names.
+        rows: cells; vertical bars in them are escaped.
+
+    Returns:
+        Its lines, with an empty one at the end.
+    """
+    lines = [list(head), ["---"] * len(head), *([text.replace("|", "\\|") for text in row] for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
+
+
+def _head(protocol: Protocol, found: ExperimentFigures) -> list[str]:
+    budgets = ", ".join(f"{level:g}" for level in protocol.budgets.levels)
+    lines = [
+        "# Results",
+        "",
+        f"Protocol `{found.protocol}`, fixed before the first cell; seeds {', '.join(map(str, found.seeds))}. One unit "
+        "of the budget is one pass of gradient ascent over all candidates; selection, reference, retain rows, "
+        f"generation and reward scoring are charged, evaluation is not. Levels: {budgets}. Machine: {machine_text()}.",
+        "",
+    ]
+    if found.missing:
+        lines += [f"**{len(found.missing)} cells have not been run**; they are listed at the end.", ""]
+    return lines
+
+
+def _statements(verdicts: Sequence[Verdict]) -> list[str]:
+    if not verdicts:
+        return []
+    rows = [[row.text, f"**{row.finding}**", row.why] for row in verdicts]
+    return ["## Verdicts", "", *table(["statement", "at this scale", "figures"], rows)]
+
+
+def _task(protocol: Protocol, name: str, task: TaskFigures, figures: Sequence[str]) -> list[str]:
+    unit = "unknown" if task.unit_flops is None else f"{task.unit_flops:.2e} FLOPs"
+    lines = [f"## Task {name}", "", f"One unit of the budget: {unit}.", ""]
+    for level in protocol.budgets.levels:
+        shown = [(arm, found) for arm in task.arms for found in arm.levels if found.level == level]
+        columns = [key for key in COLUMNS if any(key in found.metrics for _, found in shown)]
+        head = ["arm", "seeds", *(COLUMNS[key] for key in columns), "FLOPs", "CPU s", "remark"]
+        start = ["start", "-", *(_cell(task.start.get(key)) for key in columns), "0", "0", ""]
+        rows = [start, *(_row(arm, found, columns) for arm, found in shown)]
+        lines += [f"### At level {level:g}", "", *table(head, rows)]
+    lines += [text for path in figures for text in (f"![{path.removesuffix('.svg')}]({path})", "")]
+    return lines
+
+
+def _row(arm: ArmFigures, found: LevelFigures, columns: Sequence[str]) -> list[str]:
+    remarks = []
+    if found.n_untrained:
+        remarks.append(f"at the start in {found.n_untrained} of {arm.n_seeds}")
+    elif found.n_reached < arm.n_seeds:
+        remarks.append(f"level reached by {found.n_reached} of {arm.n_seeds}")
+    remarks += [f"{name} in {count}" for name, count in arm.fallbacks.items() if name != "none"]
+    if arm.split_half is not None:
+        remarks.append(f"split-half {arm.split_half:.2f}")
+    cost = [found.metrics.get("flops"), found.metrics.get("cpu_seconds")]
+    return [
+        arm.arm,
+        str(arm.n_seeds),
+        *(_cell(found.metrics.get(key)) for key in columns),
+        "-" if cost[0] is None else f"{cost[0].value:.2e}",
+        "-" if cost[1] is None else number(cost[1].value),
+        "; ".join(remarks),
+    ]
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None or figure.value is None:
+        return "-"
+    ends = interval(figure.low, figure.high, figure.value)
+    return f"{number(figure.value, figure.low, figure.high)} {ends}".strip()
+
+
+def _contrasts(rows: Sequence[ContrastFigures]) -> list[str]:
+    if not rows:
+        return []
+    head = ["family", "task", "metric", "level", "contrast", "difference", "p", "p (Holm)", "seeds", "verdict"]
+    cells = [
+        [
+            row.family,
+            row.task,
+            row.metric,
+            f"{row.level:g}",
+            f"{row.first} - {row.second}",
+            f"{number(row.difference, row.low, row.high, sign=True)} {interval(row.low, row.high, row.difference)}",
+            "-" if row.p is None else f"{row.p:.3f}",
+            "-" if row.p_holm is None else f"{row.p_holm:.3f}",
+            str(row.n_seeds),
+            f"**{row.verdict}**",
+        ]
+        for row in rows
+    ]
+    note = (
+        "Differences over seeds and prompts, both resampled; p by flipping the signs of whole seeds (never below "
+        "2^(1 - seeds)), corrected within the family. *Better* and *worse* need both the interval and the corrected p; "
+        "*equivalent* means within the margin that was declared beforehand."
+    )
+    return ["## Contrasts", "", note, "", *table(head, cells)]
+
+
+def _failures(found: ExperimentFigures) -> list[str]:
+    rows = [
+        f"- {task}, {arm.arm}: {line}" for task, part in found.tasks.items() for arm in part.arms for line in arm.failed
+    ]
+    rows += [f"- not run: {name}" for name in found.missing]
+    return ["## Cells that failed or are missing", "", *(rows or ["None."])]
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def _figures(protocol: Protocol, name: str, task: TaskFigures, folder: Path) -> list[Path]:
+    """Curves over the budget for the arms of the first family, and what every arm spent on what."""
+    files = []
+    families = list(protocol.families.values())[:1]
+    wanted = dict.fromkeys(arm for family in families for pair in family.contrasts for arm in pair)
+    arms = [arm for arm in task.arms if arm.arm in wanted or not wanted][:CURVES]
+    for metric in ("preference_margin", "retain_ppl"):
+        start = task.start.get(metric)
+        series = [_curve(arm, metric, start, colour) for colour, arm in enumerate(arms)]
+        frame = Frame(f"{name}: {COLUMNS[metric]}", "budget (passes over all candidates)", metric.replace("_", " "))
+        chart = xy_chart(frame, series, whole=False)
+        if chart:
+            files.append(folder / f"{name}-{metric}.svg")
+            save_figure(chart, files[-1])
+    unit = task.unit_flops or math.nan
+    cost = [
+        (f"{arm.arm}: {phase}", flops / unit)
+        for arm in arms
+        for phase, flops in arm.phases.items()
+        if flops / unit > 0.005
+    ]
+    chart = bar_chart(f"{name}: compute by phase", cost, "passes")
+    if chart:
+        files.append(folder / f"{name}-cost.svg")
+        save_figure(chart, files[-1])
+    return files
+
+
+def _curve(arm: ArmFigures, metric: str, start: Figure | None, colour: int) -> Series:
+    figures = [start or Figure(value=None), *(found.metrics.get(metric) or Figure(value=None) for found in arm.levels)]
+    error = [None if f.low is None or f.high is None else (f.high - f.low) / 2 for f in figures]
+    levels = [0.0, *(found.level for found in arm.levels)]
+    return Series(arm.arm, levels, [figure.value for figure in figures], colour % CURVES, error)

@@ -1,0 +1,104 @@
+"""Figures and contrasts of an experiment against direct computation on cells made by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from statistics import fmean
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from fake_cells import GROUPS, PROMPTS, SEEDS, cells, measured, protocol
+from u2a.errors import ConfigError
+from u2a.experiment.analysis import analyse, area, budget_to_reach
+from u2a.experiment.estimates import Cells, retain_ppl, t_interval
+
+
+def prompt_means(values: dict[str, float]) -> dict[str, float]:
+    return {p: fmean(v for item, v in values.items() if GROUPS[item] == p) for p in PROMPTS}
+
+
+def test_contrast_is_the_mean_over_seeds_and_prompts_with_its_p_value() -> None:
+    found = cells({"a": 0.4, "b": 0.1})
+    row, back = analyse(protocol(), "h", found).contrasts[:2]
+    at = {(c.arm, c.seed): prompt_means(c.levels[1].measured.margin) for c in found.results}
+    by_seed = [fmean(at["a", s][p] - at["b", s][p] for p in PROMPTS) for s in SEEDS]
+    assert row.difference == pytest.approx(fmean(by_seed), abs=1e-12)
+    flips = [abs(fmean(s * d for s, d in zip(signs, by_seed, strict=True))) for signs in product((1, -1), repeat=6)]
+    assert row.p == pytest.approx(np.mean([flip >= abs(fmean(by_seed)) - 1e-12 for flip in flips]))
+    assert row.p_holm == pytest.approx(min(1.0, 2 * row.p))
+    assert (back.difference, back.low, back.high) == pytest.approx((-row.difference, -row.high, -row.low), rel=0.05)
+    assert (row.n_seeds, row.n_prompts) == (6, 12)
+
+
+def test_verdicts_follow_interval_correction_and_direction() -> None:
+    main, back, cost = analyse(protocol(), "h", cells({"a": 2.0, "b": 0.0})).contrasts
+    assert (main.verdict, back.verdict) == ("not shown", "not shown")  # p 1/32, twice in its family
+    single = protocol(families={"main": {"level": 4.0, "contrasts": [["a", "b"]]}})
+    assert analyse(single, "h", cells({"a": 2.0, "b": 0.0})).contrasts[0].verdict == "better"
+    assert analyse(single, "h", cells({"a": -2.0, "b": 0.0})).contrasts[0].verdict == "worse"
+    assert cost.difference is not None and cost.difference > 0 and cost.verdict == "worse"  # a perplexity that rises
+    assert analyse(single, "h", cells({"a": 0.0, "b": 0.01})).contrasts[0].verdict == "equivalent"
+
+
+def test_a_failed_cell_is_listed_and_enters_no_mean() -> None:
+    whole, found = cells({"a": 0.4, "b": 0.1}), cells({"a": 0.4, "b": 0.1}, failed=("a", 3))
+    task = analyse(protocol(), "h", found).tasks["one"]
+    first = task.arms[0]
+    assert first.failed == ("seed 3: diverged: broke",) and first.n_seeds == 5
+    kept = [c for c in whole.results if c.arm == "a" and c.seed != 3]
+    margin = fmean(fmean(prompt_means(c.levels[1].measured.margin).values()) for c in kept)
+    assert first.levels[1].metrics["preference_margin"].value == pytest.approx(margin)
+    assert analyse(protocol(), "h", found).contrasts[0].n_seeds == 5
+
+
+def test_figures_of_an_arm() -> None:
+    found = cells({"a": 0.4, "b": 0.1})
+    arm = analyse(protocol(), "h", found).tasks["one"].arms[0]
+    metrics = arm.levels[1].metrics
+    assert metrics["flops"].value == 407.0 and metrics["seconds"].value == 4.0
+    assert metrics["retain_ppl"].value == pytest.approx(math.exp((20.0 + 1.6 + 10.0) / 16.0))
+    assert metrics["reward"].n_prompts == len({GROUPS[item] for item in list(GROUPS)[:5]})
+    assert arm.fallbacks == {"random_k": 1, "none": 5}
+    rises = []
+    for c in [c for c in found.results if c.arm == "a"]:
+        base = fmean(prompt_means(found.starts["one", c.seed].margin).values())
+        one, four = (fmean(prompt_means(level.measured.margin).values()) - base for level in c.levels)
+        rises.append((one / 2 + 3 * (one + four) / 2) / 4)
+    assert arm.area == pytest.approx(fmean(rises))
+
+
+def test_seeds_with_other_prompts_are_refused() -> None:
+    found = cells({"a": 0.4, "b": 0.1})
+    groups = {**found.groups, ("one", 2): {item: f"other {item}" for item in GROUPS}}
+    with pytest.raises(ConfigError, match="held_out_seed"):
+        analyse(protocol(), "h", Cells(found.results, groups, found.starts))
+
+
+def test_an_unknown_metric_is_named() -> None:
+    wrong = protocol(families={"main": {"metric": "beauty", "level": 4.0, "contrasts": [["a", "b"]]}})
+    with pytest.raises(ConfigError, match="beauty"):
+        analyse(wrong, "h", cells({"a": 0.4, "b": 0.1}))
+
+
+def test_t_interval_against_scipy() -> None:
+    values = [1.0, 2.5, -0.5, 3.0]
+    found = t_interval(values)
+    low, high = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert t_interval([2.0]).low is None and t_interval([]).value is None
+
+
+def test_perplexity_of_a_collapse_is_undefined() -> None:
+    rng = np.random.default_rng(0)
+    found = measured(rng, 0.0).model_copy(update={"retain_nll": {"r0": 1e6, "r1": 0.0}})
+    assert retain_ppl(found) is None
+    assert retain_ppl(found.model_copy(update={"retain_nll": {}})) is None
+
+
+def test_curves() -> None:
+    assert area([(0.0, 1.0), (2.0, 1.0)]) == 1.0
+    assert budget_to_reach([(0.0, -2.0), (1.0, -1.0), (3.0, 1.0)], 0.5) == 2.5
+    assert budget_to_reach([(0.0, 0.0), (1.0, 0.2)], 0.5) is None

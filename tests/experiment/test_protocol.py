@@ -1,0 +1,129 @@
+"""The protocol's file and its hash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from small_experiment import write_experiment
+
+from u2a.errors import ConfigError, RecordError
+from u2a.experiment.protocol import fix, load_protocol, protocol_hash, task_config
+
+ARMS = {
+    "a": {"method": "random_k"},
+    "b": {
+        "method": "full",
+        "set": ["unlearn.npo_beta=0.2"],
+        "trials": [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}],
+    },
+}
+
+
+def changed(path: Path, change) -> Path:
+    tree = yaml.safe_load(path.read_text())
+    change(tree)
+    other = path.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return other
+
+
+def test_the_hash_is_that_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    first, second = (write_experiment(tmp_path / name, ARMS) for name in ("one", "two"))
+    assert protocol_hash(load_protocol(first)) == protocol_hash(load_protocol(second))
+    text = first.read_text()
+    first.write_text("# a comment\n" + text)
+    assert protocol_hash(load_protocol(first)) == protocol_hash(load_protocol(second))
+
+
+def set_in(*keys: str, value: object):
+    def change(tree: dict) -> None:
+        for key in keys[:-1]:
+            tree = tree.setdefault(key, {})
+        tree[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_in("seeds", value=[0, 1]),
+        set_in("arms", "a", "method", value="full"),
+        set_in("arms", "a", "set", value=["solve.n_selected=3"]),
+        set_in("arms", "b", "trials", value=[{"npo_beta": 1.0}, {"npo_beta": 3.0}]),
+        set_in("budgets", "levels", value=[0.5, 1.0, 2.0]),
+        set_in("measure", "max_new_tokens", value=4),
+        set_in("tuning", "dev_frac", value=0.4),
+        set_in("tasks", "tiny", "set", value=["data.max_length=100"]),
+        set_in("families", value={"f": {"contrasts": [["a", "b"]]}}),
+        set_in("margins", value={"reward": 0.1}),
+    ],
+)
+def test_everything_that_decides_a_number_or_a_test_changes_the_hash(tmp_path: Path, change) -> None:
+    path = write_experiment(tmp_path, ARMS)
+    assert protocol_hash(load_protocol(path)) != protocol_hash(load_protocol(changed(path, change)))
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "retain.jsonl", "task.yaml", "model/model.safetensors"])
+def test_the_content_of_files_changes_the_hash(tmp_path: Path, name: str) -> None:
+    path = write_experiment(tmp_path, ARMS)
+    before = protocol_hash(load_protocol(path))
+    file = tmp_path / name
+    if name == "task.yaml":
+        file.write_text(file.read_text().replace("warmup_steps: 1", "warmup_steps: 2"))
+    else:
+        raw = bytearray(file.read_bytes())
+        raw[-3] ^= 1
+        file.write_bytes(raw)
+    assert protocol_hash(load_protocol(path)) != before
+
+
+def test_a_place_for_results_changes_nothing(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path, ARMS)
+    other = changed(path, set_in("output_dir", value=str(tmp_path / "elsewhere")))
+    assert protocol_hash(load_protocol(path)) == protocol_hash(load_protocol(other))
+
+
+def test_a_changed_protocol_is_refused_until_it_is_asked_for(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path, ARMS)
+    first = fix(load_protocol(path))
+    assert fix(load_protocol(path)) == first
+    other = load_protocol(changed(path, set_in("seeds", value=[0, 1])))
+    with pytest.raises(RecordError, match=r"seeds changed since; .*--new-protocol"):
+        fix(other)
+    second = fix(other, replace=True)
+    assert second.hash != first.hash and fix(other) == second
+
+
+BAD = {
+    "unknown option": (set_in("seedz", value=[1]), r"seedz: unknown option \(did you mean seeds\?\)"),
+    "unknown option of an arm": (set_in("arms", "a", "metod", value="x"), r"arms.a.metod: unknown.*method"),
+    "falling levels": (set_in("budgets", "levels", value=[1.0, 0.5]), "budgets.levels: .* expected rising"),
+    "full outside": (set_in("budgets", "full", value=[3.0]), "budgets.full: each must be one"),
+    "no such task": (set_in("arms", "a", "tasks", value=["x"]), "arms.a.tasks: 'x' is no task"),
+    "shared option": (set_in("arms", "a", "set", value=["model.dtype=float16"]), "model.dtype is shared by all arms"),
+    "unknown contrast": (set_in("families", value={"f": {"contrasts": [["a", "z"]]}}), "families.f: 'z' is no arm"),
+    "seed of both": (set_in("tuning", value={"seeds": [0], "level": 1.0}), "not in tuning.seeds"),
+    "wrong type": (set_in("measure", "prompts", value="many"), "measure.prompts: .*got 'many'"),
+    "name": (set_in("arms", "a/b", value={"method": "full"}), "made of letters"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_protocols_say_what_is_wrong(tmp_path: Path, case: str) -> None:
+    change, message = BAD[case]
+    path = write_experiment(tmp_path, ARMS)
+    with pytest.raises(ConfigError, match=message):
+        load_protocol(changed(path, change))
+
+
+def test_a_wrong_option_of_a_task_names_task_and_arm(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path, {"a": {"method": "full", "set": ["unlearn.lerning_rate=1"]}})
+    protocol = load_protocol(path)
+    task_config(protocol, "tiny", 0)
+    with pytest.raises(ConfigError, match=r"tasks.tiny, arms.a: unlearn.lerning_rate: unknown.*learning_rate"):
+        task_config(protocol, "tiny", 0, "a")

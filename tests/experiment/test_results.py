@@ -1,0 +1,94 @@
+"""What an experiment writes for people and scripts, on cells made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fake_cells import cells, protocol
+from u2a.errors import ConfigError
+from u2a.experiment.analysis import analyse
+from u2a.experiment.protocol import Protocol
+from u2a.experiment.results import write_results
+from u2a.experiment.statements import judge
+
+SINGLE = {"main": {"level": 4.0, "contrasts": [["a", "b"]]}}
+
+
+def statement(**more) -> Protocol:
+    return protocol(families=SINGLE, statements={"claim": {"text": "A beats B.", **more}})
+
+
+@pytest.mark.parametrize(
+    ("rule", "shifts", "finding"),
+    [
+        ("better", {"a": 2.0, "b": 0.0}, "shown"),
+        ("better", {"a": -2.0, "b": 0.0}, "refuted"),
+        ("better", {"a": 0.0, "b": 0.01}, "not shown"),
+        ("not_worse", {"a": 0.0, "b": 0.01}, "shown"),
+        ("not_worse", {"a": 2.0, "b": 0.0}, "shown"),
+        ("not_worse", {"a": -2.0, "b": 0.0}, "refuted"),
+    ],
+)
+def test_a_statement_follows_its_contrasts(rule: str, shifts: dict[str, float], finding: str) -> None:
+    declared, found = statement(rule=rule, family="main"), cells(shifts)
+    verdict = judge(declared, found, analyse(declared, "h", found).contrasts)[0]
+    assert (verdict.finding, verdict.text) == (finding, "A beats B.")
+
+
+def test_nothing_run_shows_nothing() -> None:
+    declared = statement(rule="better", family="main")
+    assert judge(declared, cells({}), ())[0].finding == "not shown"
+
+
+@pytest.mark.parametrize(("at_most", "finding"), [(0.3, "shown"), (0.01, "refuted")])
+def test_cheaper_means_as_much_for_a_share_of_the_budget(at_most: float, finding: str) -> None:
+    declared = statement(rule="cheaper", arms=["a", "b"], at_most=at_most)
+    found = cells({"a": 8.0, "b": 0.5})  # a has more at level 1 of 4 than b at its end
+    verdict = judge(declared, found, ())[0]
+    assert verdict.finding == finding
+    shares = [float(part) for part in verdict.why.split(": ")[1].split(", ")]
+    assert len(shares) == 6 and all(0.01 < share <= 0.25 for share in shares)
+
+
+def test_an_arm_that_never_gets_there_refutes_that_it_is_cheaper() -> None:
+    declared = statement(rule="cheaper", arms=["b", "a"], at_most=1.0)
+    verdict = judge(declared, cells({"a": 8.0, "b": 0.0}), ())[0]
+    assert verdict.finding == "refuted" and verdict.why.count("not reached") == 6
+
+
+def test_statements_must_name_what_they_rest_on() -> None:
+    with pytest.raises(ValueError, match="no family"):
+        statement(rule="better", family="other")
+    with pytest.raises(ValueError, match="no arm"):
+        statement(rule="cheaper", arms=["a", "z"])
+
+
+def test_files_hold_every_figure(tmp_path: Path) -> None:
+    declared, found = statement(rule="better", family="main"), cells({"a": 2.0, "b": 0.0}, failed=("b", 4))
+    figures = analyse(declared, "abc", found, missing=["one.c.s0.t0"])
+    files = write_results(declared, figures, judge(declared, found, figures.contrasts), tmp_path)
+    assert all(path.exists() for path in files)
+    main = json.loads((tmp_path / "main.json").read_text(encoding="utf-8"))
+    arm = main["tasks"]["one"]["a"]
+    for name in ("reward", "preference_accuracy", "retain_ppl", "seconds", "flops"):
+        assert arm[name]["low"] <= arm[name]["value"] <= arm[name]["high"]
+    assert arm["n_seeds"] == 6 and main["tasks"]["one"]["b"]["failed"] == ["seed 4: diverged: broke"]
+    assert main["contrasts"][0]["n_seeds"] == 5 and main["verdicts"]["claim"]["finding"] == "not shown"
+    assert {"value", "low", "high"} <= set(arm["levels"][0]["metrics"]["preference_margin"])
+    page = (tmp_path / "results.md").read_text(encoding="utf-8")
+    for text in ("A beats B.", "broke", "one.c.s0.t0", "## Task one", "### At level 4", "random_k in 1", "`abc`"):
+        assert text in page
+    for line in page.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.split("(")[1].rstrip(")")).exists()
+    widths = [line.count("|") for line in page.splitlines() if line.startswith("| start") or line.startswith("| a ")]
+    assert len(set(widths)) == 1
+
+
+def test_a_metric_without_meaning_is_refused_by_name() -> None:
+    declared = protocol(families={"main": {"metric": "beauty", "level": 4.0, "contrasts": [["a", "b"]]}})
+    with pytest.raises(ConfigError, match="beauty"):
+        analyse(declared, "h", cells({"a": 1.0, "b": 0.0}))
