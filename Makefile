@@ -18,18 +18,30 @@ RIVAL_NEEDS := backpack-for-pytorch==1.7.1 docstring_parser==0.18.0 einconv==0.1
 # Further options of the benchmark, e.g. BENCH_OPTIONS="--n 96 --minutes 12".
 BENCH_OPTIONS ?=
 
+# Further options of the comparison, e.g. EXPERIMENT_OPTIONS="--only u2a,random_k".
+EXPERIMENT_OPTIONS ?=
+
+# The run whose report `make screenshot` shows.
+RUN ?= runs/demo
+
 # After the installation nothing may reach for the network, and no thread pool may fight another one.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection clean
+.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection faults test-environment notebooks screenshot experiment-smoke experiment-main clean
 help:
 	@echo "make demo    run all stages on the demo data, on the CPU"
 	@echo "make test    run the tests (not those marked slow, gpu or network)"
+	@echo "make faults   inject every fault of docs/trust.md and count what held (about an hour)"
+	@echo "make test-environment  the tests without network and home, in the C locale, under paths with spaces"
+	@echo "make notebooks  run the notebooks in examples/ and keep what they print"
 	@echo "make lint    check style and types"
 	@echo "make format  put the source in the checked style"
 	@echo "make bench-scoring  time the scoring of candidates (quiet machine; SafeRLHF in U2A_DATA or ../shared/data)"
 	@echo "make bench-selection  predicted against measured gain on a small model (data in U2A_DATA or ../shared/data)"
 	@echo "make bench-rivals   install the libraries that bench-scoring compares with, into $(RIVALS)"
+	@echo "make screenshot  take the pictures of the report in docs/ again, from RUN=$(RUN) (needs Chromium)"
+	@echo "make experiment-smoke  every arm of the comparison on a tiny random model"
+	@echo "make experiment-main   the comparison at equal compute (hours; data in U2A_DATA or ../shared/data)"
 	@echo "make clean   remove the environment, caches and runs"
 
 install: $(STAMP)
@@ -48,6 +60,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
+# The last line printed is JSON; FAULTS_OPTIONS="--only xss hostile" runs some families, "--out FILE" keeps the counts.
+FAULTS_OPTIONS ?=
+faults: $(STAMP)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python bench/faults.py $(FAULTS_OPTIONS)
+
+test-environment: $(STAMP)
+	$(VENV)/bin/python tests/hostile_environment.py -n 2 --dist loadfile
+
+notebooks: $(STAMP)
+	$(OFFLINE) $(VENV)/bin/python examples/run_notebooks.py
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -65,6 +88,19 @@ bench-scoring: $(STAMP)
 # The study runs on two processes; its cells are kept under runs/bench and found again.
 bench-selection: $(STAMP)
 	$(OFFLINE) $(VENV)/bin/python bench/selection.py --out bench/results/selection.json --plots docs/results
+
+screenshot: $(STAMP)
+	$(VENV)/bin/python tests/browser/screenshot.py $(RUN) docs
+
+# Cells are kept in the output_dir of the protocol, so that the same command goes on after a stop.
+experiment-smoke: $(STAMP)
+	$(OFFLINE) $(VENV)/bin/python bench/smoke_inputs.py runs/experiment-smoke/inputs
+	$(OFFLINE) U2A_DATA=$(CURDIR)/runs/experiment-smoke/inputs $(VENV)/bin/u2a experiment configs/experiment-smoke.yaml \
+	  --processes 2
+
+experiment-main: $(STAMP)
+	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/u2a experiment configs/experiment-main.yaml \
+	  --processes 2 $(EXPERIMENT_OPTIONS)
 
 bench-rivals: $(RIVALS)/installed.stamp
 

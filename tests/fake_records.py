@@ -189,7 +189,7 @@ def fake_evaluation(text: str | None = None) -> EvalTable:
         ),
         samples=samples,
         reward_card=RewardCard(name="embedding head B", n_train=15, n_pairs=0),
-        verdict=text or "Selection beat random-k: not shown (margin +0.042 [-0.006, 0.090], 24 prompts).",
+        verdict=text or "selection beat random-k: not shown (margin +0.042 [-0.006, 0.090], 24 prompts).",
     )
 
 

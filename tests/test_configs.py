@@ -9,9 +9,13 @@ import yaml
 
 from u2a.cli import main
 from u2a.config_file import load_config
+from u2a.experiment.methods import METHODS
+from u2a.experiment.protocol import load_protocol, task_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
-FILES = sorted(FOLDER.glob("*.yaml"))
+PROTOCOLS = sorted(FOLDER.glob("experiment-*.yaml"))
+FILES = sorted(set(FOLDER.glob("*.yaml")) - set(PROTOCOLS))
+TASKS = sorted((FOLDER / "experiment").glob("*.yaml"))
 MODELS = {
     "llama2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
     "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
@@ -28,13 +32,13 @@ def test_every_model_of_the_paper_meets_every_data_set() -> None:
     assert {path.stem for path in FILES} == wanted
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*FILES, *TASKS], ids=lambda path: path.stem)
 def test_a_config_is_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", str(path)]) == 0
     assert capsys.readouterr().out == "the configuration is valid\n"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*FILES, *PROTOCOLS, *TASKS], ids=lambda path: path.stem)
 def test_a_config_names_no_place_on_a_machine(path: Path) -> None:
     def leaves(tree: object) -> list[object]:
         parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
@@ -54,6 +58,31 @@ def test_every_run_starts_misaligned_and_has_the_random_control(path: Path) -> N
     config = load_config(path)
     assert config.finetune.enabled and config.finetune.include_forget and config.finetune.unsafe_frac == 0.7
     assert "random_k" in config.evaluation.controls
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_every_task_of_an_experiment_starts_misaligned(path: Path) -> None:
+    config = load_config(path)
+    assert config.finetune.enabled and config.finetune.include_forget and config.finetune.unsafe_frac == 0.7
+    assert config.reward.model != "implicit" and config.reward.eval_model != "none"
+
+
+def test_the_protocols_of_the_experiments_name_methods_and_tasks_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("U2A_DATA", str(tmp_path))
+    assert {path.stem for path in PROTOCOLS} == {"experiment-main", "experiment-smoke"}
+    for path in PROTOCOLS:
+        protocol = load_protocol(path)
+        assert protocol.output_dir.startswith(f"runs/{path.stem}")
+        for name, arm in protocol.arms.items():
+            assert arm.method in METHODS
+            for task in protocol.tasks_of(name):
+                task_config(protocol, task, 0, name)
+    smoke, main_table = (load_protocol(FOLDER / f"experiment-{name}.yaml") for name in ("smoke", "main"))
+    assert {arm.method for arm in smoke.arms.values()} == set(METHODS), "the smoke run has every method"
+    assert len(smoke.seeds) == 2 and len(main_table.seeds) >= 6
+    assert main_table.families["primary"].contrasts[0] == ("u2a_npo", "random_k")
 
 
 @pytest.mark.parametrize("stem", [f"{model}-{data}" for model in MODELS for data in DATA])

@@ -27,6 +27,7 @@ from u2a.rows import read_rows
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOPICS = ("tea", "rain", "chess", "bread", "maps", "wool", "salt", "bees", "kites", "ferns")
+FILE_ENDINGS = ("md", "json", "jsonl", "yaml", "html", "py", "txt", "safetensors", "csv", "lock")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 
@@ -129,7 +130,7 @@ def test_options_and_objects_named_in_text_exist() -> None:
     wrong = []
     for page in PAGES:
         for name in re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?:\(.*?\))?`", prose(page)):
-            if name.rsplit(".", 1)[-1] in ("md", "json", "jsonl", "yaml", "html", "py", "txt", "safetensors", "csv"):
+            if name.rsplit(".", 1)[-1] in FILE_ENDINGS:
                 continue
             ours = name.split(".")[0] in sections | set(known) | {item.split(".")[0] for item in known}
             if ours and name not in options and not resolves(name, known):

@@ -1,11 +1,24 @@
 from __future__ import annotations
 
 import inspect
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from u2a import errors
-from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError, NotConverged, RecordError, U2AError
+from u2a.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+    NotConverged,
+    RecordError,
+    Stopped,
+    U2AError,
+    WriteError,
+)
 
 
 def test_users_mistakes_exit_with_2_and_failed_computations_with_1() -> None:
@@ -20,9 +33,29 @@ def test_users_mistakes_exit_with_2_and_failed_computations_with_1() -> None:
         "DataError": 2,
         "ModelError": 2,
         "RecordError": 2,
+        "WriteError": 2,
+        "LockedError": 3,
+        "Stopped": 2,  # of the class; each one has 128 + the number of its signal
         "NonFiniteError": 1,
+        "GateError": 1,
         "NotConverged": 1,
+        "OutOfMemory": 1,
     }
+
+
+@pytest.mark.parametrize(("signum", "name"), [(2, "SIGINT"), (15, "SIGTERM")])
+def test_a_stop_exits_as_shells_expect_and_names_its_signal(signum: int, name: str) -> None:
+    assert Stopped(signum).exit_status == 128 + signum
+    said = str(Stopped(signum, "A and B are saved"))
+    assert said == f"stopped by {name}; A and B are saved; the same command goes on"
+
+
+def test_a_failed_write_names_the_path_and_the_free_bytes_of_the_nearest_folder(tmp_path: Path) -> None:
+    text = str(WriteError(tmp_path / "no" / "such" / "file", "No space left on device"))
+    said = re.fullmatch(r"(\S+): cannot be written: No space left on device \((\d+) bytes free there\); .*", text)
+    assert said is not None and said[1] == str(tmp_path / "no" / "such" / "file")
+    assert int(said[2]) == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05, abs=1e8)
+    assert text.count("\n") == 0
 
 
 def test_all_errors_are_caught_as_one() -> None:

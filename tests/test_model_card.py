@@ -60,7 +60,7 @@ def test_metrics_and_verdict_are_the_records() -> None:
     margin = next(line for line in lines if line.startswith("| preference_margin ↑"))
     assert margin.split(" | ")[2] == "-0.019 [-0.078, 0.044] (n = 24)"
     assert next(line for line in lines if line.startswith("| retain_ppl ↓")).split(" | ")[1].startswith("14.21 [12.90")
-    assert any(line.startswith("Selection beat random-k: not shown") for line in lines)
+    assert any(line.startswith("selection beat random-k: not shown") for line in lines)
 
 
 def test_sizes_steps_and_versions() -> None:

@@ -67,7 +67,8 @@ def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
     assert cache_dir() == Path("/b/u2a")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == Path.home() / ".cache" / "u2a"
+    monkeypatch.setenv("HOME", "/c")
+    assert cache_dir() == Path("/c/.cache/u2a")
 
 
 @pytest.mark.slow

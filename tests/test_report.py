@@ -22,7 +22,7 @@ from u2a.report import RunRecords, render_report, write_report
 from u2a.run_records import candidates, cautions, flattened, option_rows, what_was_done
 
 EVIL = "</td></style></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}{% raw %}javascript:"
-VOID = {"meta", "input", "br"}
+VOID = {"meta", "input", "br", "wbr"}
 
 
 class Page(HTMLParser):

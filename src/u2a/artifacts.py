@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import yaml
 
+from u2a.checkpoint import save_folder
 from u2a.config import SOURCES, DataSection, RunConfig
+from u2a.content_hash import content_hash
 from u2a.model_card import model_card
 from u2a.modeling import Policy
 from u2a.pipeline import Pipeline
@@ -51,7 +53,9 @@ def write_summary(pipeline: Pipeline, table: EvalTable) -> Path:
         "scorer_error": solution.scores.scorer_error,
         "seconds": pipeline.store.seconds(),
         "peak_rss_bytes": pipeline.store.peak_rss_bytes(),
+        "batch_limits": pipeline.store.batch_limits(),
         "verdict": table.verdict,
+        "content_hash": content_hash(RunRecords.load(pipeline.dir)),
     }
     path = pipeline.dir / "summary.json"
     write_whole(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
@@ -68,18 +72,21 @@ def save_model(policy: Policy, records: RunRecords, folder: Path) -> Path:
     Args:
         policy: the policy.
         records: what the run wrote, for the card.
-        folder: directory to write.
+        folder: directory to write; what is in it is replaced.
 
     Returns:
         The directory.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    policy.model.save_pretrained(str(folder))  # type: ignore[operator]
-    policy.tokenizer.save_pretrained(str(folder))
     config = records.config
     base = str(Path(config.output_dir) / "base") if config.finetune.enabled else config.model.name_or_path
-    write_whole(folder / "README.md", model_card(records, base))
-    return folder
+    card = model_card(records, base)
+
+    def write(part: Path) -> None:
+        policy.model.save_pretrained(str(part))  # type: ignore[operator]
+        policy.tokenizer.save_pretrained(str(part))
+        write_whole(part / "README.md", card)
+
+    return save_folder(folder, write)
 
 
 def save_merged(policy: Policy, folder: Path) -> Path:
@@ -93,9 +100,7 @@ def save_merged(policy: Policy, folder: Path) -> Path:
         The directory.
     """
     merged = copy.deepcopy(policy.model).merge_and_unload()  # type: ignore[operator]
-    merged.save_pretrained(str(folder))
-    policy.tokenizer.save_pretrained(str(folder))
-    return folder
+    return save_folder(folder, lambda part: [each.save_pretrained(str(part)) for each in (merged, policy.tokenizer)])
 
 
 def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
@@ -155,7 +160,8 @@ def _git() -> dict[str, Any] | None:
     here = Path(__file__).parent
 
     def ask(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, check=True)
+        return done.stdout.decode("utf-8", "replace").strip()
 
     try:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from u2a import __version__
 from u2a.errors import ConfigError, U2AError
-from u2a.terminal import escaped
+from u2a.gate import GATES, check_gate
+from u2a.signals import stops_on_signals
+from u2a.terminal import escaped, use_utf8
 
 if TYPE_CHECKING:
     from u2a.config import RunConfig
@@ -24,8 +28,17 @@ STAGES = {
     "solve": "find which negatives to unlearn and how strongly",
     "unlearn": "unlearn the weighted set and run the controls",
     "evaluate": "measure every arm on held-out data",
-    "report": "write report.html from the records",
+    "report": "write report.html and candidates.csv from the records",
 }
+EXIT_STATUS = """exit status:
+  0    done
+  1    the verdict is below --gate; a number was not finite; a solve did not converge; memory ran out
+  2    bad input, or a file that cannot be written
+  3    another process works in the run's directory
+  130  stopped by Ctrl-C (SIGINT); the same command goes on
+  143  stopped by SIGTERM; the same command goes on"""
+# Commands that a signal asks to save.
+SAVING = ("run", "demo", "partition", "reward", "score", "solve", "unlearn", "evaluate", "experiment")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,13 +47,18 @@ def build_parser() -> argparse.ArgumentParser:
     Returns:
         The parser.
     """
-    parser = argparse.ArgumentParser(prog="u2a", description="Align a language model by unlearning its bad answers.")
+    parser = argparse.ArgumentParser(
+        prog="u2a",
+        description="Align a language model by unlearning its bad answers.",
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"u2a {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in {"run": "all stages, from data to an aligned model and a report", **STAGES}.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        what = "YAML file, or the word train" if name == "reward" else "YAML file (see: u2a config --print)"
-        command.add_argument("config", nargs="?", help=what)
+        kinds = {"reward": "YAML file, or the word train", "report": "YAML file, or the directory of a run"}
+        command.add_argument("config", nargs="?", help=kinds.get(name, "YAML file (see: u2a config --print)"))
         _add_options(command)
         if name == "score":
             command.add_argument("--model", help="hub id, directory, or package:NAME")
@@ -48,6 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--prefs", help="preference pairs: prompt, chosen, rejected")
             command.add_argument("--retain", help="ordinary instructions (optional)")
             command.add_argument("--out", help="where to write one JSON line per negative")
+        if name in ("run", "evaluate", "report"):
+            _add_gate(command)
+        if name == "run":
+            _add_dry_run(command)
         if name == "evaluate":
             command.add_argument("--robustness", action="store_true", help="also attack the result and re-measure it")
         if name == "reward":
@@ -56,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--out", help="with 'train': directory of the trained reward model")
     demo = commands.add_parser("demo", help="the packaged demo: a real chat model and a help desk's bad answers")
     _add_options(demo)
+    _add_gate(demo)
+    _add_dry_run(demo)
     compare = commands.add_parser("compare", help="set several runs side by side, with paired intervals")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="output directory of an evaluated run")
     compare.add_argument("--arm", default="after", help="arm compared (after: the solution)")
@@ -67,13 +91,31 @@ def build_parser() -> argparse.ArgumentParser:
     shown.add_argument("--model", help="whose tokenizer to use: hub id, directory, or package:NAME (default: words)")
     shown.add_argument("--rows", type=int, default=3, help="rows shown (default: 3)")
     _add_options(shown)
+    _add_experiment(commands)
     commands.add_parser("env", help="versions and machine, for bug reports")
+    completion = commands.add_parser(
+        "completion",
+        help="script with which a shell completes commands and options",
+        description='In bash and zsh: eval "$(u2a completion SHELL)". In fish: u2a completion fish | source',
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     commands.add_parser("metrics", help="every metric: formula, direction, range, needs and caveat")
     config = commands.add_parser("config", help="print or check options")
     config.add_argument("config", nargs="?", help="YAML file to check")
     config.add_argument("--print", action="store_true", dest="show", help="every option, default, range and meaning")
     _add_options(config)
     return parser
+
+
+def _add_experiment(commands: Any) -> None:
+    experiment = commands.add_parser("experiment", help="compare methods at equal compute under a fixed protocol")
+    experiment.add_argument("protocol", help="YAML file of tasks, seeds, arms, budgets and tests")
+    experiment.add_argument("--processes", type=int, default=1, metavar="N", help="side by side (default: 1)")
+    experiment.add_argument("--only", default="", metavar="ARM,...", help="run only these arms")
+    experiment.add_argument("--list", action="store_true", help="only print the state of every cell")
+    experiment.add_argument("--retry-failed", action="store_true", help="run cells again that did not come through")
+    experiment.add_argument("--new-protocol", action="store_true", help="go on under a changed protocol")
+    experiment.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
@@ -84,6 +126,19 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress")
 
 
+def _add_gate(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--gate", choices=tuple(GATES), help="exit with 1 unless the verdict is 'yes' (not-no: yes or not shown)"
+    )
+
+
+def _add_dry_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dry-run", action="store_true", help="only tell memory, time and files from a short probe; write nothing"
+    )
+    command.add_argument("--json", action="store_true", help="with --dry-run: print the figures as JSON")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -91,25 +146,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after ``u2a``; None takes those of the process.
 
     Returns:
-        Exit status: 0; 1 for a number that is not finite or a solve that did not converge; 2 for bad input.
+        Exit status: 0; 1 for a verdict below ``--gate``, a number that is not finite, a solve that did not converge
+        or too little memory; 2 for bad input or a file that cannot be written; 3 for a run's directory in which
+        another process works; 130 or 143 after SIGINT or SIGTERM.
     """
+    if arguments is None:
+        use_utf8()
     options = build_parser().parse_args(arguments)
     handlers: dict[str, Callable[[argparse.Namespace], None]] = {
         "run": _run, "demo": _demo, "config": _config, "score": _score, "partition": _partition,
         "reward": _reward, "solve": _stage, "unlearn": _stage, "evaluate": _evaluate, "report": _report,
         "compare": _compare, "metrics": _metrics, "data": _data, "env": _env,
+        "experiment": _experiment,
+        "completion": _completion,
     }  # fmt: skip
     try:
-        handlers[options.command](options)
+        with stops_on_signals() if options.command in SAVING else nullcontext():
+            handlers[options.command](options)
     except U2AError as error:
         print(escaped(f"u2a {options.command}: {error}", keep="\n"), file=sys.stderr)
         return error.exit_status
     except OSError as error:
         print(f"u2a {options.command}: {error} (is the path right, and writable?)", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"u2a {options.command}: interrupted; completed stages are kept, run it again to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        said = f"{error}" or "interrupted"
+        print(f"u2a {options.command}: {said}; what was saved is kept, the same command goes on", file=sys.stderr)
+        return 128 + getattr(error, "signum", signal.SIGINT)
     return 0
 
 
@@ -122,15 +185,34 @@ def _loaded(options: argparse.Namespace) -> RunConfig:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _run_all(_loaded(options), options.quiet)
+    _run_all(_loaded(options), options)
 
 
-def _run_all(config: RunConfig, quiet: bool) -> None:
+def _run_all(config: RunConfig, options: argparse.Namespace) -> None:
     from u2a.progress import Console
+
+    if options.dry_run:
+        _dry_run(config, options)
+        return
+    if options.json:
+        raise ConfigError(f"{options.command}: --json belongs to --dry-run")
     from u2a.run import run
 
     _hush_libraries()
-    run(config, Console(quiet=quiet))
+    run(config, Console(quiet=options.quiet))
+    check_gate(options.gate, Path(config.output_dir))
+
+
+def _dry_run(config: RunConfig, options: argparse.Namespace) -> None:
+    from u2a.dry_run import dry_run
+    from u2a.forecast_text import forecast_text
+    from u2a.progress import Console
+
+    if options.gate is not None:
+        raise ConfigError(f"{options.command}: --gate needs a verdict, and --dry-run has none (leave one of them out)")
+    _hush_libraries()
+    forecast = dry_run(config, Console(quiet=options.quiet))
+    print(forecast.model_dump_json(indent=1) if options.json else escaped(forecast_text(forecast), keep="\n"))
 
 
 def _hush_libraries() -> None:
@@ -148,7 +230,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     path = Path(str(package_files("u2a") / "assets" / "demo" / "config.yaml"))
     config = load_config(path, options.overrides, options.preset)
-    _run_all(config, options.quiet)
+    _run_all(config, options)
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -182,6 +264,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         from u2a.run import run_stage
 
         run_stage(_loaded(options), "robustness", options.quiet)
+    if options.gate is not None:
+        check_gate(options.gate, Path(_loaded(options).output_dir))
 
 
 def _reward(options: argparse.Namespace) -> None:
@@ -235,19 +319,51 @@ def _env(_: argparse.Namespace) -> None:
     print(environment_text(), end="")
 
 
+def _experiment(options: argparse.Namespace) -> None:
+    only = tuple(name.strip() for name in options.only.split(",") if name.strip())
+    if options.processes < 1:
+        raise ConfigError(f"--processes {options.processes}: expected at least 1")
+    from u2a.experiment.runner import Options, list_cells, run_experiment
+
+    _hush_libraries()
+    if options.list:
+        print("\n".join(list_cells(options.protocol, only)))
+        return
+    run_experiment(
+        options.protocol,
+        Options(options.processes, only, options.retry_failed, options.new_protocol, options.quiet),
+    )
+
+
 def _metrics(_: argparse.Namespace) -> None:
     from u2a.evaluation.metrics import described
 
     print(described(), end="")
 
 
+def _completion(options: argparse.Namespace) -> None:
+    from u2a.completion import completion_script
+
+    print(completion_script(build_parser(), options.shell))
+
+
 def _report(options: argparse.Namespace) -> None:
-    config = _loaded(options)
+    if options.config is not None and Path(options.config).is_dir():
+        if options.overrides or options.preset:
+            raise ConfigError("report: the directory of a run has its own options (leave --set and --preset out)")
+        folder = Path(options.config)
+    else:
+        folder = Path(_loaded(options).output_dir)
+    from u2a.candidates_csv import write_candidates
+    from u2a.content_hash import content_hash
     from u2a.report import write_report
     from u2a.run_records import RunRecords
 
-    folder = Path(config.output_dir)
-    print(write_report(RunRecords.load(folder), folder / "report.html"))
+    records = RunRecords.load(folder)
+    print(write_report(records, folder / "report.html"))
+    print(write_candidates(records, folder / "candidates.csv"))
+    print(f"Content hash: {content_hash(records)}")
+    check_gate(options.gate, folder)
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -225,7 +225,9 @@ class UnlearnSection(Section):
     max_grad_norm: Positive = option(1.0, "gradient clipping norm")
     save_minutes: NonNegative = option(10.0, "minutes between checkpoints of a training run (0: none by time)")
     save_steps: Annotated[int, Field(ge=0)] = option(0, "checkpoint after this many steps, too (0: by time alone)")
-    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", "tracker that is told what metrics.jsonl is told")
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = option(
+        "none", "tracker that is told what metrics.jsonl is told"
+    )
 
     @model_validator(mode="after")
     def _retain(self) -> UnlearnSection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -42,6 +43,15 @@ class JudgeSection(Section):
     def _endpoint(self) -> JudgeSection:
         if self.rubric != "refusal" and not (self.url and self.model):
             raise ValueError(f"rubric {self.rubric!r} asks a chat model (set url and model)")
+        return self
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> JudgeSection:
+        """Options are written to files, so that a key put among them by mistake is refused, and not repeated."""
+        if self.key_variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.key_variable):
+            raise ValueError("key_variable is no name of an environment variable (put the key there, not here)")
+        if set(self.url or "") & set("@?#"):
+            raise ValueError("url holds a user name, query or fragment (name the key's variable in key_variable)")
         return self
 
 

@@ -65,6 +65,17 @@ def environment_text() -> str:
     return "".join(f"{name:<{width}}  {escaped(value)}\n" for name, value in rows)
 
 
+def machine_text() -> str:
+    """Name the machine in one line, for tables of results.
+
+    Returns:
+        Processor, usable cores, memory and GPU where there is one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = _gpus()
+    return f"{_processor()}, {cores} cores, {_memory()}" + ("" if gpu.startswith("none") else f", {gpu}")
+
+
 def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -88,10 +99,11 @@ def _gpus() -> str:
     if tool is None:
         return "none found (no nvidia-smi)"
     try:
-        done = subprocess.run([tool, *GPU_QUERY], capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run([tool, *GPU_QUERY], capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return "nvidia-smi does not answer"
-    return "; ".join(line.strip() for line in done.stdout.splitlines() if line.strip()) or "none"
+    text = done.stdout.decode("utf-8", "replace")
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip()) or "none"
 
 
 def _torch_build() -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 
 class U2AError(Exception):
     """Base class of all errors that u2a raises on purpose.
@@ -73,6 +77,12 @@ class NonFiniteError(U2AError):
         )
 
 
+class GateError(U2AError):
+    """The verdict of a run is below the one asked for."""
+
+    exit_status = 1
+
+
 class NotConverged(U2AError):
     """A linear or inner solve stopped before its tolerance.
 
@@ -84,3 +94,76 @@ class NotConverged(U2AError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
+
+
+class OutOfMemory(U2AError):
+    """Memory ran out, and no smaller batch is left to try.
+
+    Args:
+        what: what did not fit, for example ``"policy, the smallest batch (512 tokens)"``.
+    """
+
+    exit_status = 1
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"out of memory: {what} (lower data.max_length or unlearn.retain_batch_size, use model.load_in_4bit or a "
+            "smaller model, or a machine with more memory)"
+        )
+
+
+class LockedError(U2AError):
+    """Another process works in the run's directory."""
+
+    exit_status = 3
+
+
+class WriteError(U2AError):
+    """A file cannot be written: the disk is full, the directory read-only, the device broken.
+
+    What was saved before is untouched.
+
+    Args:
+        path: the file or directory.
+        reason: what the system said.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        self.path, self.reason = Path(path), reason
+        super().__init__(
+            f"{path}: cannot be written: {reason} ({free_bytes_text(self.path)}); what was saved before is kept, and "
+            "the same command goes on from there once this can be written"
+        )
+
+
+class Stopped(U2AError):
+    """A signal asked the run to stop, and it did at a point from which the same command goes on.
+
+    Args:
+        signum: number of the signal, for example 15 for SIGTERM.
+        saved: what is on the disk, for the message.
+    """
+
+    def __init__(self, signum: int, saved: str = "") -> None:
+        self.signum, self.saved = signum, saved
+        self.exit_status = 128 + signum
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name}; {saved or 'all that was finished is saved'}; the same command goes on")
+
+
+def free_bytes_text(path: Path) -> str:
+    """Say how much room there is where a file would stand.
+
+    Args:
+        path: a file or directory; it need not exist.
+
+    Returns:
+        Words such as ``1234 bytes free there``.
+    """
+    for folder in (path, *path.absolute().parents):
+        try:
+            room = os.statvfs(folder)
+        except OSError:
+            continue
+        return f"{room.f_bavail * room.f_frsize} bytes free there"
+    return "free bytes unknown"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import tempfile
+from pathlib import Path
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback
 
 from u2a.callbacks import StepReporter
+from u2a.checkpoint import newest_whole
 from u2a.config import FinetuneSection
 from u2a.errors import ConfigError
 from u2a.modeling import Policy
@@ -77,7 +79,13 @@ def n_steps(n_rows: int, section: FinetuneSection) -> int:
 
 
 def finetune(
-    policy: Policy, rows: tuple[Example, ...], section: FinetuneSection, seed: int, advance: Advance
+    policy: Policy,
+    rows: tuple[Example, ...],
+    section: FinetuneSection,
+    seed: int,
+    advance: Advance,
+    output_dir: Path | None = None,
+    save_minutes: float = 0.0,
 ) -> PreTrainedModel:
     """Fine-tune on answers (NLL per answer token, averaged over rows) and merge the change into the weights.
 
@@ -87,6 +95,8 @@ def finetune(
         section: options.
         seed: order of the rows.
         advance: progress, told steps.
+        output_dir: where checkpoints go; an interrupted run found there is resumed. None: nowhere.
+        save_minutes: minutes between checkpoints.
 
     Returns:
         The merged model.
@@ -94,9 +104,10 @@ def finetune(
     Raises:
         NonFiniteError: a loss or gradient is not finite.
     """
-    with tempfile.TemporaryDirectory(prefix="u2a-") as folder:
+    with tempfile.TemporaryDirectory(prefix="u2a-") as nowhere:
+        folder = output_dir or Path(nowhere)
         args = UnlearnConfig(
-            output_dir=folder,
+            output_dir=str(folder),
             loss="sft",
             retain_term="none",
             guard=False,
@@ -107,6 +118,7 @@ def finetune(
             optim="adamw_torch",
             logging_steps=10,
             save_strategy="no",
+            save_minutes=save_minutes if output_dir else 0.0,
             report_to="none",
             seed=seed,
             disable_tqdm=True,
@@ -116,7 +128,8 @@ def finetune(
         trainer = UnlearnTrainer(model=policy, args=args, train_dataset=rows, callbacks=[StepReporter(advance)])
         trainer.phase = "misaligned start"
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        last = newest_whole(folder)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model = policy.model
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
     return merged.eval()  # type: ignore[return-value]

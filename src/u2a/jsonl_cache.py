@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from u2a.errors import RecordError
-from u2a.record import content_id
+from u2a.record import content_id, writing
 
 
 class JsonlCache:
@@ -86,11 +86,12 @@ class JsonlCache:
         self._values |= {key: json.loads(text) for key, text in texts.items()}
 
     def _append(self, raw: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            while raw:  # one turn, unless the system takes less than was given
-                raw = raw[os.write(handle, raw) :]
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                while raw:  # one turn, unless the system takes less than was given
+                    raw = raw[os.write(handle, raw) :]
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -21,10 +21,16 @@ def cache_dir() -> Path:
 
     Returns:
         The directory; it may not exist yet.
+
+    Raises:
+        ModelError: no variable names one, and this user has no home.
     """
     if "U2A_CACHE" in os.environ:
         return Path(os.environ["U2A_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "u2a"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "u2a"
+    except RuntimeError:
+        raise ModelError("no home directory to keep converted models in (set U2A_CACHE to a directory)") from None
 
 
 def resolve_model(name_or_path: str) -> str:

@@ -7,16 +7,20 @@ the same key is read back instead of being run again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from u2a.bilevel.solve import OuterProblem, random_weights, score, solve
+from u2a import disk
+from u2a.arms import NOT_UNLEARNED, SOLUTION_ARM, control_weights
+from u2a.bilevel.solve import OuterProblem, score, solve
+from u2a.checkpoint import delete, is_whole, save_folder
 from u2a.config import RunConfig
-from u2a.data import Source
+from u2a.data import Source, read_examples
 from u2a.doctor import examine
 from u2a.encoding import Encoder, count_truncated
 from u2a.errors import RecordError
@@ -28,18 +32,18 @@ from u2a.modeling import Policy, weights_fingerprint
 from u2a.packaged import is_converted
 from u2a.partition import describe, partition
 from u2a.progress import Console
-from u2a.record import content_id, derive_seed
+from u2a.record import content_id, derive_seed, writing
 from u2a.reward.analysis import analyse, build_reward_model, split_reward_pairs
 from u2a.reward.base import RewardModel
 from u2a.reward.cluster import candidate_clusters
 from u2a.solution import ScoreTable, Solution
-from u2a.stage_store import AnyRecord, StageStore, read_tensors
+from u2a.stage_store import AnyRecord, StageStore
+from u2a.tensor_tree import read_tensors
+from u2a.trackers import Tracker
 from u2a.types import Partition, RewardTable, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver
 
-SOLUTION_ARM = "u2a"
 TRAINED_HERE = ("embedding", "language_model", "implicit")  # reward models that are fitted on the run's own pairs
-NOT_UNLEARNED = ("base", "retrain")  # arms that are other models
 PROBE_PROMPTS = 8  # answered once per round of selection
 
 
@@ -70,7 +74,8 @@ class Pipeline:
         self.sources: Mapping[str, Source] = sources or {}
         self._model, self._tokenizer = model, tokenizer
         self._only = only
-        self.store = StageStore(self.dir, console)
+        name = config.unlearn.report_to
+        self.store = StageStore(self.dir, console, None if name == "none" else Tracker(name, self.dir))
         self.n_truncated = 0
 
     # --- what stages share -----------------------------------------------------------------------
@@ -88,7 +93,9 @@ class Pipeline:
         for line in [*describe(result), cut]:
             self.console.say(f"  {line}")
         result.save(self.dir / "partition.json")
-        found = examine(result, encoder, allow_leak=self.config.data.allow_leak)
+        data = self.config.data
+        held_out = {} if data.holdout is None else {"holdout": read_examples(data.holdout, data, False, "holdout")}
+        found = examine(result, encoder, held_out, data.allow_leak)
         for line in found.lines():
             self.console.say(f"  {line}")
         found.save(self.dir / "diagnosis.json")
@@ -137,17 +144,18 @@ class Pipeline:
         )
 
     def _misaligned(self, policy: Policy) -> Policy:
-        """Fine-tune on the mixture, or read the merged model back."""
+        """Fine-tune on the mixture; the merged model is always read back, so that every start has the same one."""
         folder, key = self.dir / "base", self.key("finetune")
-        if self.store.is_done("finetune", key) and folder.is_dir():
+        if self.store.is_done("finetune", key) and is_whole(folder):
             self.console.say("  misaligned start: read back")
-            return self.policy_around(load_model(self.config.model.model_copy(update={"name_or_path": str(folder)})))
-        before = dict(self.console.seconds)
-        model = self.finetuned(policy, leave_out_forget=False)
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.store.mark("finetune", key, before)
-        return self.policy_around(model)
+        else:
+            before = dict(self.console.seconds)
+            model = self.finetuned(policy, leave_out_forget=False)
+            self.store.drop("finetune")
+            save_folder(folder, lambda part: [each.save_pretrained(part) for each in (model, self.tokenizer)])
+            self.store.mark("finetune", key, before)
+        delete(self._checkpoints("finetune", key))
+        return self.policy_around(load_model(self.config.model.model_copy(update={"name_or_path": str(folder)})))
 
     def finetuned(self, policy: Policy, leave_out_forget: bool) -> PreTrainedModel:
         """Fine-tune on the mixture of good and bad answers.
@@ -162,8 +170,10 @@ class Pipeline:
         section, seed = self.config.finetune, derive_seed(self.config.seed, "finetune")
         rows = mixture(self.partition, section, seed, leave_out_forget)
         name = "retrain" if leave_out_forget else "misaligned start"
-        with self.console.phase(name, n_steps(len(rows), section), "steps") as advance:
-            return finetune(policy, rows, section, seed, advance)
+        stage = "retrain" if leave_out_forget else "finetune"
+        checkpoints, minutes = self._checkpoints(stage, self.key(stage)), self.config.unlearn.save_minutes
+        with self.console.phase(name, n_steps(len(rows), section), "steps", saves=True) as advance:
+            return finetune(policy, rows, section, seed, advance, checkpoints, minutes)
 
     @cached_property
     def _inner_solver(self) -> InnerSolver:
@@ -228,7 +238,9 @@ class Pipeline:
 
         def compute() -> RewardTable:
             trained = len(split_reward_pairs(self.partition.reward)[0]) if section.model in TRAINED_HERE else 0
-            return analyse(self._selecting_reward, self.partition.forget, self.partition.preference, section, trained)
+            model = self._selecting_reward
+            with self.console.phase("reward analysis"):
+                return analyse(model, self.partition.forget, self.partition.preference, section, trained)
 
         return self._stage("reward", "rewards", RewardTable, key, compute)
 
@@ -239,9 +251,14 @@ class Pipeline:
             Gains of all candidates; also ``scores.json``.
         """
         key = self.key("score", *self._solve_options)
-        return self._stage(
-            "score", "scores", ScoreTable, key, lambda: score(self.policy, self.inner, self.outer, self.console)
-        )
+        checkpoints = self._checkpoints("score", key)
+
+        def compute() -> ScoreTable:
+            return score(self.policy, self.inner, replace(self.outer, checkpoints=checkpoints), self.console)
+
+        record = self._stage("score", "scores", ScoreTable, key, compute)
+        delete(checkpoints)
+        return record
 
     def solution(self) -> Solution:
         """Stage 3: the weights.
@@ -249,7 +266,9 @@ class Pipeline:
         Returns:
             The solution; also ``solution.json``.
         """
-        return self._stage("solve", "solution", Solution, self._solve_key, self._solve)
+        record = self._stage("solve", "solution", Solution, self._solve_key, self._solve)
+        delete(self._checkpoints("solve", self._solve_key))
+        return record
 
     @cached_property
     def _solve_key(self) -> str:
@@ -262,11 +281,12 @@ class Pipeline:
     @property
     def _solve_options(self) -> list[object]:
         config = self.config
-        inner = config.unlearn.model_dump(exclude={"report_to", "save_steps"})
+        inner = config.unlearn.model_dump(exclude={"report_to", "save_minutes", "save_steps"})
         return [self._reward_options, config.solve.model_dump(), inner, config.guard.model_dump()]
 
     def _solve(self) -> Solution:
-        return solve(self._inner_solver, self.inner, self.outer, self.console, self.store.log_round)
+        outer = replace(self.outer, checkpoints=self._checkpoints("solve", self._solve_key))
+        return solve(self._inner_solver, self.inner, outer, self.console, self.store.log_round)
 
     def arm_weights(self, arm: str) -> dict[str, float] | None:
         """Weights of one arm; every control has as many samples as the solution.
@@ -278,22 +298,12 @@ class Pipeline:
             Weights by id, empty when nothing is unlearned, or None for ``base`` and ``retrain``, which unlearn nothing.
         """
         weights = self.solution().weights
-        k = len(weights)
         if arm in NOT_UNLEARNED:
             return None
-        if arm == SOLUTION_ARM or k == 0:
+        if arm == SOLUTION_ARM or not weights:
             return weights
-        if arm == "random_k":
-            return random_weights(self.inner, k, derive_seed(self.config.seed, "random_k control"))
-        if arm == "full":
-            return self.inner.uniform()
-        if arm == "uniform_top_k":
-            return dict.fromkeys(weights, 1.0 / k)
-        rewards = self.rewards()
-        assert rewards is not None  # the configuration refuses lowest_reward_k without a reward model
-        kept = [row for row in rewards.rows if row.kept]
-        lowest = sorted(kept, key=lambda row: (row.reward, row.id))[:k]
-        return {row.id: 1.0 / k for row in lowest}
+        rewards = self.rewards() if arm == "lowest_reward_k" else None
+        return control_weights(arm, weights, self.inner, rewards, self.config.seed)
 
     def unlearn_arm(self, arm: str) -> UnlearnResult | None:
         """Stage 4 for one arm: unlearn from theta_0 and save the trained parameters; they are left in the policy.
@@ -314,23 +324,24 @@ class Pipeline:
         key = self.arm_key(arm, weights)
         if self._only not in (None, "unlearn"):
             self.store.current(name, UnlearnResult, key, "unlearn")
+        checkpoints = self._checkpoints(name, key)
         if self.store.is_done(name, key) and path.exists() and saved.exists():
+            delete(checkpoints)
             record = UnlearnResult.load(path)
             self.policy.restore(read_tensors(saved, self.policy.trainable()))
             return record
         steps = self.config.unlearn.max_steps
-        checkpoints = self.dir / "checkpoints" / f"{arm}-{key}" if self.config.unlearn.save_steps else None
         before = dict(self.console.seconds)
-        with self.console.phase(f"unlearn {arm}", steps, "steps") as advance:
+        with self.console.phase(f"unlearn {arm}", steps, "steps", saves=True) as advance:
             result = self._inner_solver(self.inner, weights, arm, checkpoints, advance)
-        saved.parent.mkdir(parents=True, exist_ok=True)
-        part = saved.with_suffix(".part")
-        save_file(self.policy.snapshot(), part)
-        part.replace(saved)
+        self.store.drop(name)
+        with writing(saved), disk.whole_file(saved) as part:
+            save_file(self.policy.snapshot(), part)
         result.save(path)
         for step in result.history:
             self.store.log(name, step.model_dump(mode="json"))
         self.store.mark(name, key, before)
+        delete(checkpoints)
         return result
 
     def arm_key(self, arm: str, weights: Mapping[str, float]) -> str:
@@ -346,6 +357,10 @@ class Pipeline:
         return content_id(self._solve_key, arm, json.dumps(dict(weights), sort_keys=True))
 
     # --- records and keys ------------------------------------------------------------------------
+
+    def _checkpoints(self, name: str, key: str) -> Path:
+        """Where a stage keeps what it needs to go on after a stop; removed when its record is saved."""
+        return self.dir / "checkpoints" / f"{name}-{key}"
 
     def _stage(
         self, stage: str, name: str, kind: type[AnyRecord], key: str, compute: Callable[[], AnyRecord]
@@ -376,15 +391,3 @@ class Pipeline:
         start = config.finetune.model_dump()
         document = [stage, self.partition.fingerprint, config.seed, self._given_model, model, texts, start, *parts]
         return content_id(json.dumps(document, sort_keys=True))
-
-
-def arms_of(config: RunConfig) -> Sequence[str]:
-    """Names of the arms that unlearn.
-
-    Args:
-        config: options.
-
-    Returns:
-        ``u2a`` and the controls, without ``base`` and ``retrain``.
-    """
-    return [SOLUTION_ARM, *(arm for arm in config.evaluation.controls if arm not in NOT_UNLEARNED)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,30 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from u2a.arms import arms_of
 from u2a.artifacts import save_merged, save_model, write_run_yaml, write_summary
+from u2a.batch_size import memory_for, told_to
 from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.solve import score
+from u2a.candidates_csv import write_candidates
+from u2a.checkpoint import delete, refuse_foreign_files
 from u2a.config import PartitionSection, RunConfig
 from u2a.console import evaluation_table, reliability_text, samples_text, selection_text
+from u2a.content_hash import content_hash
 from u2a.data import Source
 from u2a.encoding import Encoder, count_truncated
-from u2a.errors import ConfigError, ModelError
+from u2a.errors import ConfigError, ModelError, Stopped
 from u2a.evaluation_stage import EvaluationStage
 from u2a.model_loading import load_model, load_tokenizer
 from u2a.modeling import Policy
 from u2a.partition import build_partition, read_inputs
-from u2a.pipeline import Pipeline, arms_of
+from u2a.pipeline import Pipeline
 from u2a.progress import Console
-from u2a.record import derive_seed, write_whole
+from u2a.record import derive_seed, sweep, write_whole
 from u2a.report import write_report
 from u2a.reward.cluster import candidate_clusters
 from u2a.robustness.table import markdown as robustness_markdown
+from u2a.run_lock import locked
 from u2a.run_records import RunRecords
 from u2a.unlearn import InnerProblem
 
@@ -82,11 +89,15 @@ class Result:
         """Save adapter (or model), tokenizer and model card.
 
         Args:
-            folder: directory to write.
+            folder: a new or empty directory, or one that was saved this way, which is replaced.
 
         Returns:
             The directory.
+
+        Raises:
+            ConfigError: it holds other files.
         """
+        refuse_foreign_files(Path(folder))
         return save_model(self.policy, self.records, Path(folder))
 
 
@@ -174,8 +185,26 @@ def finish(pipeline: Pipeline) -> Result:
     Returns:
         Records and the aligned model.
     """
+    with _at_work(pipeline):
+        return _all_stages(pipeline)
+
+
+@contextmanager
+def _at_work(pipeline: Pipeline) -> Iterator[None]:
+    """Work in the run's directory alone; a stop says what is saved there."""
+    with locked(pipeline.dir, pipeline.console.say), told_to(pipeline.store.note_smaller_batches):
+        sweep(pipeline.dir)
+        try:
+            with memory_for(str(pipeline.config.model.name_or_path)):
+                yield
+        except Stopped as error:
+            names = pipeline.store.finished()
+            saved = f"finished and saved in {pipeline.dir}: {', '.join(names) or 'nothing yet'}"
+            raise Stopped(error.signum, saved) from None
+
+
+def _all_stages(pipeline: Pipeline) -> Result:
     config, console, folder = pipeline.config, pipeline.console, pipeline.dir
-    folder.mkdir(parents=True, exist_ok=True)
     evaluation = EvaluationStage(pipeline)  # reads and checks all data before any model is loaded
     write_run_yaml(config, folder / "run.yaml", pipeline.partition.fingerprint)
     pipeline.rewards()
@@ -189,13 +218,17 @@ def finish(pipeline: Pipeline) -> Result:
     save_model(pipeline.policy, records, folder / "adapter" if pipeline.policy.has_adapter else folder / "model")
     if config.model.save_merged and pipeline.policy.has_adapter:
         save_merged(pipeline.policy, folder / "merged")
-    path = write_report(records, folder / "report.html")
+    with console.phase("report"):
+        path = write_report(records, folder / "report.html")
+        write_candidates(records, folder / "candidates.csv")
+    delete(folder / "checkpoints")  # all of it is in the results now
     for text in (
         selection_text(solution),
         evaluation_table(table),
         samples_text(table, config.evaluation.samples_shown),
         f"Verdict: {table.verdict}",
         f"Report: {path}",
+        f"Content hash: {content_hash(records)}",
     ):
         console.say(text)
         console.say()
@@ -215,8 +248,13 @@ def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
     """
     if not config.model.name_or_path:
         raise ConfigError("model.name_or_path: not set (a hub id, a directory, or package:NAME)")
-    console = Console(quiet=quiet)
-    pipeline = Pipeline(config, console, only=stage)
+    pipeline = Pipeline(config, Console(quiet=quiet), only=stage)
+    with _at_work(pipeline):
+        _one_stage(pipeline, stage)
+
+
+def _one_stage(pipeline: Pipeline, stage: str) -> None:
+    config, console = pipeline.config, pipeline.console
     write_run_yaml(config, pipeline.dir / "run.yaml", pipeline.partition.fingerprint)
     if stage == "partition":
         return

@@ -160,6 +160,8 @@ def cautions(records: RunRecords) -> list[str]:
         found.append("Fewer than five retain rows: the same ones train, guard and evaluate.")
     for leak in records.partition.leaks:
         found.append(f"{leak.count} rows of {leak.first} stand in {leak.second} too (same {leak.level}).")
+    if records.config.data.allow_leak:
+        found.append("Copies of evaluation rows in other sets were allowed (data.allow_leak).")
     solves = records.last_scores.solve if records.last_scores else ()
     short = [item for item in solves if item.status in ("max_steps", "negative_curvature")]
     if short:

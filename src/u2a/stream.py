@@ -85,6 +85,23 @@ class SampleStream(Dataset[tuple[int, Sample]]):
         return position, self.samples[stream_index(position, len(self.samples), self.seed)]
 
 
+class FixedSamples(Dataset[tuple[int, Sample]]):
+    """Samples in a fixed order, for evaluation.
+
+    Args:
+        samples: any number.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = tuple(samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        return index, self._samples[index]
+
+
 class StreamSampler(Sampler[int]):
     """Positions of one epoch after the other.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
+import sys
 from typing import TextIO
 
 
@@ -49,3 +52,16 @@ def wants_colour(stream: TextIO) -> bool:
         True for colours. Source: no-color.org (any value but the empty one turns colours off).
     """
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def use_utf8() -> None:
+    """Make this process able to name every file and to print every text, before it does anything else.
+
+    Where file names are ASCII (the C locale with ``PYTHONUTF8=0``), Python starts again in its UTF-8 mode: a
+    configuration file could not name ``pröject/`` otherwise. A stream that cannot encode a character gets an escape.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tiny import examples, pairs, tiny_policy
 from u2a.bilevel.gains import OuterProblem
+from u2a.bilevel.monitor import Monitor
 from u2a.bilevel.objective import CustomObjective, Objective
-from u2a.bilevel.solve import _Monitor, solve
+from u2a.bilevel.solve import solve
 from u2a.config import SolveSection, UnlearnSection
 from u2a.progress import Console
 from u2a.record import derive_seed
@@ -62,4 +63,4 @@ def noise(seed: int) -> CustomObjective:
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Let the held-out J take these values, one per round."""
     left: Iterator[float] = iter(values)
-    monkeypatch.setattr(_Monitor, "measure", lambda self: (0.0, next(left)))
+    monkeypatch.setattr(Monitor, "measure", lambda self: (0.0, next(left)))

@@ -28,7 +28,8 @@ from u2a.packaged import is_converted, resolve_model
 from u2a.progress import Console
 from u2a.record import SCHEMA, refuse_foreign_link
 from u2a.reward.head import BradleyTerryHead, HeadBase, load_head, save_head
-from u2a.stage_store import StageStore, read_tensors
+from u2a.stage_store import StageStore
+from u2a.tensor_tree import read_tensors
 from u2a.types import Partition
 
 from .cases import HOSTILE

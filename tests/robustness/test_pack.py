@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -176,6 +177,29 @@ def test_what_the_attacker_trains_on_is_never_measured(arms) -> None:
     everywhere = {row.id: row.prompt for row in FORGET}
     with pytest.raises(DataError, match="expected at least 1"):
         robustness(policy, replace(data, prompts=everywhere), Measures(rows, lambda now, asked: none), options, QUIET)
+
+
+@pytest.mark.parametrize("stopped_after", [0, 5, 7])
+def test_a_pack_that_was_stopped_goes_on_to_the_same_table(arms, table: RobustnessTable, stopped_after: int) -> None:
+    policy, snapshots = arms
+    data = RobustnessData(snapshots, FORGET, retain=RETAIN, unrelated=UNRELATED, prompts=PROMPTS)
+    kept: dict = {}
+    measured: list[str] = []
+
+    def keep(name: str, measure):
+        if name not in kept:
+            if len(kept) == stopped_after and "stopped" not in measured:
+                measured.append("stopped")
+                raise KeyboardInterrupt
+            measured.append(name)
+            kept[name] = measure()
+        return kept[name]
+
+    for _ in range(2):
+        with suppress(KeyboardInterrupt):
+            found = robustness(policy, data, Measures(mean_log_probs, answers), OPTIONS, QUIET, keep)
+    assert found == table
+    assert len(set(measured)) == len(measured) == 13, "6 parts of each arm, none twice, and the stop"
 
 
 def test_the_policy_is_restored_when_a_measure_fails(arms) -> None:

@@ -169,21 +169,30 @@ class HttpEndpoint:
         for attempt in range(1, self.attempts + 1):
             raw, failure, retry_after = self._once(request)
             if raw is not None:
-                return _reply_text(raw)
+                return self._without_key(_reply_text(raw))
             if attempt < self.attempts:
                 wait = self.backoff_s * 2 ** (attempt - 1) if retry_after is None else retry_after
                 self.sleep(min(wait, self.longest_wait_s))
         raise EndpointError(f"endpoint: {failure} ({self.attempts} attempts)")
 
     def _authorization(self) -> dict[str, str]:
+        key = self._key()
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def _key(self) -> str | None:
         if self.key_env is None:
-            return {}
+            return None
         key = os.environ.get(self.key_env, "").strip()
         if not key:
             raise ConfigError(f"judge: the environment variable {self.key_env} is empty (put the key there)")
         if not (key.isascii() and key.isprintable()):
             raise ConfigError(f"judge: the environment variable {self.key_env} holds no usable key")
-        return {"Authorization": f"Bearer {key}"}
+        return key
+
+    def _without_key(self, reply: str) -> str:
+        """A reply is kept on disk: one that repeats the key loses it."""
+        key = self._key()
+        return reply if key is None else reply.replace(key, "[key]")
 
     def _once(self, request: urllib.request.Request) -> tuple[bytes | None, str, float | None]:
         """The reply's bytes, or what failed in a way that may pass and the seconds to wait if the server says so."""

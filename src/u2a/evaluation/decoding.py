@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from u2a.batch_size import BatchLimits, in_parts
 from u2a.errors import ConfigError
 from u2a.progress import Advance
 from u2a.types import Message
@@ -131,6 +132,7 @@ def answer_in_batches(
     batch_size: Callable[[Ids], int],
     known: Known | None,
     bar: Advance,
+    limits: BatchLimits | None = None,
 ) -> list[Answer]:
     """Answer each distinct prompt once, longest first, and keep every batch as soon as it is done.
 
@@ -140,6 +142,7 @@ def answer_in_batches(
         batch_size: prompts per batch, >= 1, by the longest of them.
         known: answers made before and the place for new ones, or None.
         bar: told of every answer.
+        limits: batches that fitted before, in prompts; lowered where memory runs out.
 
     Returns:
         Answers in the order of the prompts.
@@ -150,12 +153,14 @@ def answer_in_batches(
     if answers:
         rest = [ids for ids in rest if ids not in answers]
         bar.advance(sum(counts[ids] for ids in answers), "cached answers")
+    limits = limits or BatchLimits("generation", "prompts")
     while rest:
         size = batch_size(rest[0])
         batch, rest = rest[:size], rest[size:]
-        found = dict(zip(batch, decode(batch), strict=True))
-        if known is not None:
-            known.add(found)
-        answers |= found
-        bar.advance(sum(counts[ids] for ids in batch))
+        for part, drawn in in_parts(batch, 1, limits, decode):
+            found = dict(zip(part, drawn, strict=True))
+            if known is not None:
+                known.add(found)
+            answers |= found
+            bar.advance(sum(counts[ids] for ids in part))
     return [answers[ids] for ids in prompts]

@@ -101,6 +101,7 @@ def generate_ids(
         batch_size=lambda longest: max(1, policy.token_budget // (len(longest) + decoding.max_new_tokens)),
         known=cache.for_policy(policy, decoding) if cache is not None else None,
         bar=bar or Quiet(),
+        limits=policy.answer_limits,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from u2a.encoding import token_batches
+from u2a.batch_size import forward_batches
 from u2a.errors import NonFiniteError
 from u2a.modeling import Policy, evaluation_mode, fused_lora
 from u2a.progress import Advance, Quiet
@@ -59,12 +59,17 @@ def token_stats(policy: Policy, rows: Sequence[Example], bar: Advance | None = N
     distinct = list({row.id: row for row in rows}.values())
     encoded = [policy.encoder.encode(row.prompt, row.completion, row.source) for row in distinct]
     found: dict[str, TokenStats] = {}
+
+    def compute(batch: list[int]) -> list[TokenStats]:
+        out = policy.log_probs([encoded[index] for index in batch])
+        return [
+            _row_stats(answer_text(policy, distinct[k]), encoded[k].answer_ids, out.logits[place][out.mask[place]])
+            for place, k in enumerate(batch)
+        ]
+
     with evaluation_mode(policy.model), fused_lora(policy.model):
-        for batch in token_batches(encoded, policy.token_budget):
-            out = policy.log_probs([encoded[index] for index in batch])
-            for place, index in enumerate(batch):
-                row, item, mask = distinct[index], encoded[index], out.mask[place]
-                found[row.id] = _row_stats(answer_text(policy, row), item.answer_ids, out.logits[place][mask])
+        for batch, stats in forward_batches(encoded, policy.token_budget, policy.limits, compute):
+            found |= {distinct[index].id: row for index, row in zip(batch, stats, strict=True)}
             bar.advance(len(batch))
     bad = [row.id for row in distinct if not np.isfinite(found[row.id].log_prob).all()]
     bad += [row.id for row in distinct if not np.isfinite(found[row.id].variance).all()]

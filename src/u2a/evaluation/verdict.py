@@ -14,6 +14,7 @@ from u2a.solution import Reliability, Solution
 from u2a.types import Contrast
 
 BEFORE, SOLUTION, RANDOM = "before", "after", "random_k"
+START = "selection beat random-k: "
 PRIMARY, VETO = "preference_margin", "preference_accuracy"
 
 
@@ -53,6 +54,22 @@ def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None, dou
     return _sentence("yes", _described(primary), reliability)
 
 
+def answer_of(sentence: str) -> str | None:
+    """Take the answer out of a verdict.
+
+    Args:
+        sentence: what :func:`verdict` returned.
+
+    Returns:
+        ``yes``, ``no`` or ``not shown``; None for any other text.
+
+    >>> answer_of("selection beat random-k: not shown (there is no random-k arm)")
+    'not shown'
+    """
+    answer = sentence.removeprefix(START).split(" (")[0]
+    return answer if sentence.startswith(START) and answer in ("yes", "no", "not shown") else None
+
+
 def _find(contrasts: Sequence[Contrast], metric: str) -> Contrast | None:
     wanted = (metric, SOLUTION, RANDOM)
     return next((item for item in contrasts if (item.metric, item.first, item.second) == wanted), None)
@@ -71,7 +88,7 @@ def _described(contrast: Contrast) -> str:
 
 
 def _sentence(answer: str, reason: str, reliability: Reliability | None) -> str:
-    return f"selection beat random-k: {answer} ({reason}{_reliability_clause(reliability)})"
+    return f"{START}{answer} ({reason}{_reliability_clause(reliability)})"
 
 
 def _reliability_clause(reliability: Reliability | None) -> str:
