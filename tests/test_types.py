@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tiny import ask, examples, pairs
-from u2a.errors import RecordError
+from u2a.errors import RecordError, WriteError
 from u2a.record import SCHEMA, Record, content_id, derive_seed, write_whole
 from u2a.solution import Reliability, Round, ScoreRow, ScoreTable, Solution, SolveStatus, WeightRow
 from u2a.types import (
@@ -216,7 +216,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path, monkey
     write_whole(path, "old")
     assert stat.S_IMODE(path.stat().st_mode) & 0o600 == 0o600
     monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match="disk full"):
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]

@@ -27,7 +27,7 @@ def train(launcher: list[str], batch_size: int, path: Path) -> str:
 def test_two_processes_make_the_same_update_as_one(tmp_path: Path) -> None:
     """Two processes of two rows each equal one process of four rows, forget and retain rows alike."""
     assert "processes: 1" in train([], 4, tmp_path / "one.safetensors")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     assert "processes: 2" in train(launcher, 2, tmp_path / "two.safetensors")
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     assert max(float(value.abs().max()) for value in one.values()) > 1e-3, "something was trained"
@@ -38,7 +38,7 @@ def test_two_processes_make_the_same_update_as_one(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed support")
 def test_two_processes_go_on_from_their_checkpoint(tmp_path: Path) -> None:
     """Bit for bit, with a loss that is logged across the checkpoint; each process has its own generators in it."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     worker = str(WORKER.with_name("resume_worker.py"))
     environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1]), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *launcher, worker, str(tmp_path)]

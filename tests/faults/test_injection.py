@@ -272,9 +272,9 @@ def test_a_comparison_in_markdown_holds_no_markup() -> None:
 # --- CSV -------------------------------------------------------------------------------------------------
 
 
-def test_no_table_is_written_as_csv() -> None:
-    """A spreadsheet runs cells that begin with = + - or @; whoever adds an export of CSV must neutralise them."""
+def test_one_module_alone_writes_csv() -> None:
+    """A spreadsheet runs cells that begin with = + - or @: only the module whose tests show it to neutralise them."""
     writes = re.compile(r"csv\.(writer|DictWriter)|\.to_csv\(|write_csv\(")
     assert writes.search("csv.writer(file)")
     found = [path.name for path in SOURCE.rglob("*.py") if writes.search(path.read_text(encoding="utf-8"))]
-    assert found == []
+    assert found == ["candidates_csv.py"]

@@ -26,9 +26,12 @@ def send(signum: int) -> None:
 @pytest.fixture(autouse=True)
 def _handlers_are_put_back() -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, 0.0)  # the test runner's own
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring it
     before = [signal.getsignal(each) for each in ALL]
     yield
-    assert [signal.getsignal(each) for each in ALL] == before
+    after = [signal.getsignal(each) for each in ALL]
+    signal.signal(signal.SIGINT, own)
+    assert after == before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0 and stopping.requested is None
 
 

@@ -6,7 +6,7 @@ on the left and masked, curvature is a product by double backward, and no Hessia
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny import pairs
+from u2a.batch_size import BatchLimits
 from u2a.bilevel.candidates import CandidateLosses
 from u2a.bilevel.curvature import HessianOperator
 from u2a.bilevel.forward_mode import ForwardMode
@@ -62,6 +63,7 @@ class DecoderPolicy:
     parameters: Params | None = None
 
     device = torch.device("cpu")
+    limits = BatchLimits()
 
     def trainable(self) -> Params:
         return dict(self.model.named_parameters())
@@ -152,6 +154,9 @@ class MixedTerms:
         if self.retain and rows:
             nothing = torch.zeros(0, dtype=torch.float64)
             yield from InnerTerms(self.policy, SFT(), (), nothing, nothing, rows, "nll", 1.0).scalars()
+
+    def with_less_memory(self, compute: Callable[[], Params]) -> Params:
+        return compute()
 
 
 def hessian_operator(problem: InnerProblem, weights: Tensor, theta: Tensor, retain: bool = True) -> HessianOperator:

@@ -84,7 +84,8 @@ class CandidateLosses:
             (n, columns) float64 on the CPU.
         """
         rank, count = _process()
-        kept = Growing(self.parts if count == 1 else Parts(), name, torch.zeros(len(self.rows), columns).double())
+        none_yet = torch.zeros(len(self.rows), columns, dtype=torch.float64)
+        kept = Growing(self.parts if count == 1 else Parts(), name, none_yet)
         out = kept.values
         for number, batch in enumerate(self.batches()):
             if number < kept.done:

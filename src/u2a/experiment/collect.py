@@ -1,0 +1,57 @@
+"""What an experiment has so far, read back from its folder: cells, prompts and starts, and what is still missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from u2a.experiment.analysis import analyse
+from u2a.experiment.cell import CellResult, Measured, measured_of
+from u2a.experiment.estimates import Cells
+from u2a.experiment.plan import Plan
+from u2a.experiment.protocol import protocol_hash
+from u2a.experiment.results import write_results
+from u2a.experiment.setting import SettingRecord
+from u2a.experiment.statements import judge
+
+
+def collect(plan: Plan) -> tuple[Cells, list[str]]:
+    """Read the cells of the main seeds; tuning cells are left out.
+
+    Args:
+        plan: which cells there are.
+
+    Returns:
+        What was found, and the names of cells that have not been run.
+    """
+    results: list[CellResult] = []
+    missing: list[str] = []
+    groups: dict[tuple[str, int], dict[str, str]] = {}
+    starts: dict[tuple[str, int], Measured] = {}
+    for slot in plan.slots:
+        if slot.seed in plan.protocol.tuning.seeds:
+            continue
+        cell, record = plan.cell(slot), plan.place(slot).record
+        if cell is None or not plan.path(cell).exists() or not record.exists():
+            missing.append(f"{slot.task}.{slot.arm}.s{slot.seed}")
+            continue
+        results.append(CellResult.load(plan.path(cell)))
+        if (slot.task, slot.seed) not in starts:
+            setting = SettingRecord.load(record)
+            groups[slot.task, slot.seed] = setting.groups
+            starts[slot.task, slot.seed] = measured_of(setting.start, full=True)
+    return Cells(results, groups, starts), missing
+
+
+def write_found(plan: Plan, folder: Path) -> tuple[Path, ...]:
+    """Analyse what there is and write tables and figures.
+
+    Args:
+        plan: which cells there are.
+        folder: where to.
+
+    Returns:
+        The files.
+    """
+    cells, missing = collect(plan)
+    found = analyse(plan.protocol, protocol_hash(plan.protocol), cells, missing)
+    return write_results(plan.protocol, found, judge(plan.protocol, cells, found.contrasts), folder)
