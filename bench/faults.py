@@ -221,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts: dict[str, Any] = {}
     failed: dict[str, list[str]] = {}
     seconds: dict[str, float] = {}
-    for name in chosen:
+    for number, name in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}] {name}", file=sys.stderr, flush=True)
         start = time.monotonic()
         family = next((item for item in FAMILIES if item.name == name), None)
         try:
@@ -232,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds[name] = round(time.monotonic() - start, 1)
         if wrong:
             failed[name] = wrong
+        state = f"{len(wrong)} did not hold" if wrong else "all held"
+        print(f"[{number}/{len(chosen)}] {name}: {state}, {seconds[name]:.0f} s", file=sys.stderr, flush=True)
     result = counts | {
         "failed": failed,
         "seconds": seconds,
