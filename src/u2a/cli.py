@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.resources import files as package_files
@@ -16,7 +15,7 @@ from u2a import __version__
 from u2a.errors import ConfigError, U2AError
 from u2a.gate import GATES, check_gate
 from u2a.signals import stops_on_signals
-from u2a.terminal import escaped, use_utf8
+from u2a.terminal import escaped, hush_libraries, use_utf8
 
 if TYPE_CHECKING:
     from u2a.config import RunConfig
@@ -199,7 +198,7 @@ def _run_all(config: RunConfig, options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.command}: --json belongs to --dry-run")
     from u2a.run import run
 
-    _hush_libraries()
+    hush_libraries()
     run(config, Console(quiet=options.quiet))
     check_gate(options.gate, Path(config.output_dir))
 
@@ -211,19 +210,9 @@ def _dry_run(config: RunConfig, options: argparse.Namespace) -> None:
 
     if options.gate is not None:
         raise ConfigError(f"{options.command}: --gate needs a verdict, and --dry-run has none (leave one of them out)")
-    _hush_libraries()
+    hush_libraries()
     forecast = dry_run(config, Console(quiet=options.quiet))
     print(forecast.model_dump_json(indent=1) if options.json else escaped(forecast_text(forecast), keep="\n"))
-
-
-def _hush_libraries() -> None:
-    """Keep the loading bars and internal deprecation notes of transformers off the user's terminal."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -255,7 +244,7 @@ def _stage(options: argparse.Namespace) -> None:
     config = _loaded(options)
     from u2a.run import run_stage
 
-    _hush_libraries()
+    hush_libraries()
     run_stage(config, options.command, options.quiet)
 
 
@@ -285,7 +274,7 @@ def _reward(options: argparse.Namespace) -> None:
     from u2a.progress import Console
     from u2a.reward.train import HeadTraining, train_reward_head
 
-    _hush_libraries()
+    hush_libraries()
     settings = HeadTraining(max_length=config.data.max_length, device=config.model.device, seed=config.seed)
     train_reward_head(options.base, options.pairs, options.out, settings, config.data, Console(quiet=options.quiet))
 
@@ -308,7 +297,7 @@ def _data(options: argparse.Namespace) -> None:
 
     model = None
     if options.model is not None:
-        _hush_libraries()
+        hush_libraries()
         model = config.model.model_copy(update={"name_or_path": options.model})
     for line in show(options.file, config.data, model, options.rows, wants_colour(sys.stdout)):
         print(encodable(line, sys.stdout))
@@ -326,7 +315,7 @@ def _experiment(options: argparse.Namespace) -> None:
         raise ConfigError(f"--processes {options.processes}: expected at least 1")
     from u2a.experiment.runner import Options, list_cells, run_experiment
 
-    _hush_libraries()
+    hush_libraries()
     if options.list:
         print("\n".join(list_cells(options.protocol, only)))
         return
@@ -388,7 +377,7 @@ def _score(options: argparse.Namespace) -> None:
     from u2a.progress import Console
     from u2a.run import score_files
 
-    _hush_libraries()
+    hush_libraries()
     given = {"forget": options.forget, "preferences": options.prefs, "retain": options.retain}
     files = {name: path for name, path in given.items() if path}
     score_files(options.model, files, Path(options.out), config, Console(quiet=options.quiet))

@@ -15,7 +15,7 @@ from u2a.config import FinetuneSection
 from u2a.errors import ConfigError
 from u2a.modeling import Policy
 from u2a.progress import Advance
-from u2a.record import content_id
+from u2a.record import content_id, writing
 from u2a.trainer import UnlearnConfig, UnlearnTrainer
 from u2a.types import Example, Pair, Partition
 
@@ -125,7 +125,8 @@ def finetune(
             use_cpu=policy.device.type == "cpu",
             dataloader_pin_memory=policy.device.type != "cpu",
         )
-        trainer = UnlearnTrainer(model=policy, args=args, train_dataset=rows, callbacks=[StepReporter(advance)])
+        with writing(folder):  # the base class makes it
+            trainer = UnlearnTrainer(model=policy, args=args, train_dataset=rows, callbacks=[StepReporter(advance)])
         trainer.phase = "misaligned start"
         trainer.remove_callback(PrinterCallback)
         last = newest_whole(folder)

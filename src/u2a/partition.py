@@ -183,9 +183,9 @@ def _placed(rows: Sequence[Row], seed: int) -> list[_Item]:
     return _in_order([_Item(row, key, _place(key, seed)) for row, key in zip(rows, keys, strict=True)])
 
 
-def _place(key: str, seed: int) -> float:
-    """Place of a prompt in [0, 1), which depends on its text and the seed alone."""
-    return int(content_id(str(seed), key), 16) / 2.0**64
+def _place(key: str, salt: object) -> float:
+    """Place of a prompt in [0, 1), which depends on its text and the salt alone."""
+    return int(content_id(str(salt), key), 16) / 2.0**64
 
 
 def _in_order(items: list[_Item]) -> list[_Item]:
@@ -248,7 +248,8 @@ def _cut(items: list[_Item], section: PartitionSection, own: set[str], dropped: 
     out: dict[str, list[_Item]] = {}
     if section.held_out_seed is not None:
         held_out = {name: shares.pop(name) for name in ("evaluation", "reward") if name in shares}
-        placed = _in_order([replace(item, place=_place(item.key, section.held_out_seed)) for item in items])
+        salt = f"held out {section.held_out_seed}"  # independent of the other cut, whatever the run's seed
+        placed = _in_order([replace(item, place=_place(item.key, salt)) for item in items])
         out = _assigned(placed, held_out | {"": sum(shares.values())})
         rest = {item.key for item in out.pop("")}
         items = [item for item in items if item.key in rest]

@@ -1,4 +1,4 @@
-"""Text that comes from files, made safe to print: nothing in it can move the cursor, change colours or hide."""
+"""The terminal: texts made safe to print (nothing in them moves the cursor or hides), and libraries kept quiet."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import sys
+import warnings
 from typing import TextIO
 
 
@@ -65,3 +66,13 @@ def use_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def hush_libraries() -> None:
+    """Keep the loading bars and internal deprecation notes of transformers off the user's terminal."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -25,7 +25,7 @@ from u2a.guard import CollapseGuard, GuardResult
 from u2a.losses import UnlearningLoss, make_loss
 from u2a.modeling import Params, Policy
 from u2a.progress import Advance, Quiet
-from u2a.record import content_id
+from u2a.record import content_id, writing
 from u2a.trainer import UnlearnConfig, UnlearnTrainer
 from u2a.types import Example, StepLog, UnlearnResult
 
@@ -252,13 +252,14 @@ def trainer_of(
     Returns:
         The trainer, ready to train.
     """
-    return UnlearnTrainer(
-        model=policy,
-        args=_arguments(problem, policy, folder, len(rows)),
-        train_dataset=rows,
-        retain_dataset=problem.retain,
-        callbacks=list(callbacks),
-    )
+    with writing(folder):  # the base class makes the folder
+        return UnlearnTrainer(
+            model=policy,
+            args=_arguments(problem, policy, folder, len(rows)),
+            train_dataset=rows,
+            retain_dataset=problem.retain,
+            callbacks=list(callbacks),
+        )
 
 
 def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int) -> UnlearnConfig:

@@ -196,7 +196,7 @@ def configured(u2a: Command, tmp_path: Path) -> Callable[[bytes], None]:
         assert err.startswith("u2a config: ") and err.endswith("\n")
         lines = err.removeprefix("u2a config: ").split("\n")[:-1]
         begins = re.compile(
-            rf"{re.escape(str(path))}(:\d+)?: |[^ ]+( conflicts|: )|unlearn|partition|.+: unknown option"
+            rf"{re.escape(str(path))}(:\d+)?: |[^ ]+( conflicts|: )|unlearn|partition|.+: (unknown option|holds )"
         )
         for line in lines:
             assert line.isprintable() and len(line) < 700 and begins.match(line), line

@@ -27,6 +27,7 @@ from u2a.experiment.protocol import Protocol, fix, load_protocol
 from u2a.experiment.setting import SettingRecord, Workplace, open_instruments, open_setting, prepare
 from u2a.progress import Console
 from u2a.signals import stopping, stops_on_signals
+from u2a.terminal import hush_libraries
 
 WAIT_S = 2.0  # between looks at what other processes have done
 
@@ -182,6 +183,7 @@ def run_experiment(path: str | Path, options: Options) -> Protocol:
 
 def _worker(path: str, options: Options) -> None:
     """What a process of several does; its messages go to the same terminal."""
+    hush_libraries()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.processes))
     console = Console(quiet=options.quiet)
     with stops_on_signals():
