@@ -438,7 +438,10 @@ def test_another_search_does_not_take_the_state(tmp_path: Path, keeps_all: None)
     assert searched(tmp_path, mirror_rate=0.7) == searched(None, mirror_rate=0.7)
 
 
-@pytest.mark.parametrize("scorer", ["backward", "jvp", "central", "one_sided"])
+SLOW_SCORERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("backward", "jvp", "one_sided")]
+
+
+@pytest.mark.parametrize("scorer", ["central", *SLOW_SCORERS])
 def test_scores_cut_in_any_batch_are_the_same(tmp_path: Path, keeps_all: None, scorer: str) -> None:
     """One forward batch per two candidates, so that a cut falls into the middle of a pass."""
 

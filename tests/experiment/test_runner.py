@@ -193,6 +193,7 @@ def test_a_killed_experiment_goes_on_and_gives_the_same_results(tmp_path: Path) 
     }
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_cells(tmp_path: Path) -> None:
     path = write_experiment(tmp_path, ARMS)
     process = command(path, "--processes", "2")

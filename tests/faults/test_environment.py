@@ -61,7 +61,10 @@ def u2a(words: list[str], place: Path, variables: dict[str, str]) -> subprocess.
     return subprocess.run([*COMMAND, *words], cwd=place, env=variables, capture_output=True, timeout=280, check=False)
 
 
-@pytest.mark.parametrize("mode", [None, "0"], ids=["C locale", "C locale, PYTHONUTF8=0"])
+MODES = [pytest.param(None, id="C locale", marks=pytest.mark.slow), pytest.param("0", id="C locale, PYTHONUTF8=0")]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_run_where_nothing_is_as_usual(mode: str | None, place: Path, variables: dict[str, str]) -> None:
     more = {} if mode is None else {"PYTHONUTF8": mode}
     run = f"rün ✓/{mode}"

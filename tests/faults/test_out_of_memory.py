@@ -328,7 +328,7 @@ def test_parts_hold_every_row_once_and_their_shares_sum_to_one(count: int) -> No
 # --- the whole run -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fits", [4, 2])
+@pytest.mark.parametrize("fits", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_with_little_memory_selects_the_same_and_says_its_sizes(
     fits: int, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
