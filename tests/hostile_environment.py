@@ -19,6 +19,7 @@ from u2a.packaged import cache_dir
 
 TESTS = Path(__file__).resolve().parent
 NAME = "ü 2a pröject ✓"
+INSIDE = "U2A_INSIDE_HOSTILE_ENVIRONMENT"  # set there
 START = """import pwd
 import sys
 
@@ -61,6 +62,7 @@ def hostile_environment(folder: Path, tests: Path = TESTS) -> dict[str, str]:
         "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
+        INSIDE: "1",
     }
 
 

@@ -52,7 +52,7 @@ def test_a_stop_exits_as_shells_expect_and_names_its_signal(signum: int, name: s
 
 def test_a_failed_write_names_the_path_and_the_free_bytes_of_the_nearest_folder(tmp_path: Path) -> None:
     text = str(WriteError(tmp_path / "no" / "such" / "file", "No space left on device"))
-    said = re.fullmatch(r"(\S+): cannot be written: No space left on device \((\d+) bytes free there\); .*", text)
+    said = re.fullmatch(r"(.+): cannot be written: No space left on device \((\d+) bytes free there\); .*", text)
     assert said is not None and said[1] == str(tmp_path / "no" / "such" / "file")
     assert int(said[2]) == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05, abs=1e8)
     assert text.count("\n") == 0

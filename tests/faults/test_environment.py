@@ -20,11 +20,12 @@ import pytest
 import yaml
 
 import offline
-from hostile_environment import NAME, hostile_environment
+from hostile_environment import INSIDE, NAME, hostile_environment
 from tiny import save_tiny
 from u2a.errors import ModelError
 from u2a.packaged import cache_dir, resolve_model
 
+pytestmark = pytest.mark.skipif(INSIDE in os.environ, reason="the whole suite already runs in such an environment")
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "u2a"
 COMMAND = [sys.executable, "-m", "u2a.cli"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from .kill_harness import Lab, leftovers
 
-LINE = r"u2a run: (?P<path>\S+): cannot be written: (?P<reason>[^(]+) \((?P<free>\d+) bytes free there\); [^\n]+\n"
+LINE = r"u2a run: (?P<path>.+?): cannot be written: (?P<reason>[^(]+) \((?P<free>\d+) bytes free there\); [^\n]+\n"
 
 
 def refuse_everywhere(lab: Lab, number: int, lasting: bool, sites: list[str]) -> list[str]:

@@ -9,7 +9,10 @@ arXiv 2205.10770 (exact memorisation); Carlini et al. 2021, arXiv 2012.07805, an
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -85,8 +88,17 @@ def knowledge_memorisation(truths: Mapping[str, str], answers: Mapping[str, str]
     return _rouge_l(truths, answers, recall=True)
 
 
+def _without_home() -> None:
+    """Where there is no home directory, name a folder to nltk (which rouge-score imports), else it cannot start."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ.setdefault("NLTK_DATA", tempfile.gettempdir())
+
+
 def _rouge_l(truths: Mapping[str, str], answers: Mapping[str, str], recall: bool) -> dict[str, float | None]:
     try:
+        _without_home()
         from rouge_score import rouge_scorer, tokenizers
     except ImportError:
         raise ConfigError("ROUGE needs the package rouge-score (pip install 'u2a[evaluation]')") from None
