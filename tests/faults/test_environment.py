@@ -62,7 +62,7 @@ def u2a(words: list[str], place: Path, variables: dict[str, str]) -> subprocess.
     return subprocess.run([*COMMAND, *words], cwd=place, env=variables, capture_output=True, timeout=280, check=False)
 
 
-MODES = [pytest.param(None, id="C locale", marks=pytest.mark.slow), pytest.param("0", id="C locale, PYTHONUTF8=0")]
+MODES = [pytest.param(None, id="C locale"), pytest.param("0", id="C locale, PYTHONUTF8=0")]
 
 
 @pytest.mark.parametrize("mode", MODES)
