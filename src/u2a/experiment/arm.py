@@ -127,7 +127,7 @@ class BudgetCallback(TrainerCallback):
         self._budget = budget
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the start measured where the preparation has passed a level, and do not train on an empty budget."""
+        """Have the start measured where the preparation has passed a level; with nothing left, ask for a stop."""
         self._budget.reached()
         self._stop_if_spent(control)
 

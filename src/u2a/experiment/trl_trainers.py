@@ -181,50 +181,36 @@ class LabelledTrainer(KTOTrainer):
         """Send nothing."""
 
 
-class MeteredRloo(RLOOTrainer):
-    """TRL's RLOO, its generation and reference counted by name, without telemetry.
+class _Metered:
+    """Put before a trainer of TRL that samples: generation and reference are counted by name, without telemetry.
 
     Attributes:
         meter: set after construction.
     """
 
     meter: Meter
+    model: Any
 
     def _generate_single_turn(self, *arguments: Any, **named: Any) -> Any:
         """Count the generation."""
         with self.meter.phase("generate"):
-            return super()._generate_single_turn(*arguments, **named)
+            return super()._generate_single_turn(*arguments, **named)  # type: ignore[misc]
 
     def _get_per_token_logps_and_entropies(self, *arguments: Any, **named: Any) -> Any:
         """Count passes with the adapter disabled as the reference's."""
         with self.meter.phase("reference" if adapter_is_off(self.model) else "train"):
-            return super()._get_per_token_logps_and_entropies(*arguments, **named)
+            return super()._get_per_token_logps_and_entropies(*arguments, **named)  # type: ignore[misc]
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
 
 
-class MeteredGrpo(GRPOTrainer):
-    """TRL's GRPO, its generation and reference counted by name, without telemetry.
+class MeteredRloo(_Metered, RLOOTrainer):
+    """TRL's RLOO, metered."""
 
-    Attributes:
-        meter: set after construction.
-    """
 
-    meter: Meter
-
-    def _generate_single_turn(self, *arguments: Any, **named: Any) -> Any:
-        """Count the generation."""
-        with self.meter.phase("generate"):
-            return super()._generate_single_turn(*arguments, **named)
-
-    def _get_per_token_logps_and_entropies(self, *arguments: Any, **named: Any) -> Any:
-        """Count passes with the adapter disabled as the reference's."""
-        with self.meter.phase("reference" if adapter_is_off(self.model) else "train"):
-            return super()._get_per_token_logps_and_entropies(*arguments, **named)
-
-    def _send_telemetry(self) -> None:
-        """Send nothing."""
+class MeteredGrpo(_Metered, GRPOTrainer):
+    """TRL's GRPO, metered."""
 
 
 def adapter_is_off(model: Any) -> bool:
