@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from u2a.forecast import Forecast, PhaseCost
 
 UNCERTAINTY = 0.25  # relative, of measured times and of the peak memory; tested on the demo
-FORMULA_UNCERTAINTY = 0.4  # of memory by formula alone
+FORMULA_UNCERTAINTY = 0.4  # of memory by formula alone: an assumption, not measured
 
 
 def size_text(size: float | None) -> str:
@@ -132,11 +132,11 @@ def notes_on(why_not: str, phases: Sequence[PhaseCost]) -> list[str]:
         Sentences.
     """
     if why_not:
-        first = f"formulas alone, no time: {why_not}; memory within about {FORMULA_UNCERTAINTY:.0%}"
+        first = f"formulas alone, no time: {why_not}; memory within {FORMULA_UNCERTAINTY:.0%} is assumed"
     else:
         first = (
-            f"times are told from a probe of a few steps on this machine, as busy as it is now: within about "
-            f"{UNCERTAINTY:.0%}, short phases more"
+            f"times are told from a probe of a few steps on this machine, as busy as it is now: the whole "
+            f"within about {UNCERTAINTY:.0%}, single phases more"
         )
     notes = [first]
     unknown = [phase.name for phase in phases if phase.seconds is None]
