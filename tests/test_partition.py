@@ -155,6 +155,29 @@ def test_runs_with_other_seeds_can_share_what_is_held_out(held_out_seed):
     assert sum(map(len, sets)) == len(set().union(*sets)) == 600
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mislabelled_candidates_are_good_answers_of_their_pairs(share):
+    rows = [pair(f"question {index}", f"good {index}", f"bad {index}") for index in range(1000)]
+    given = [example("another", "bad of the file")]
+    result = build_partition(Inputs(pairs=rows, forget=given), only("forget", mislabelled_frac=share), seed=3)
+    cut = [row for row in result.forget if row.completion != "bad of the file"]
+    good = [row.completion.startswith("good") for row in cut]
+    assert len(result.forget) == 1001  # a file of negatives is taken at its word
+    assert abs(sum(good) / 1000 - share) <= 4 * (share * (1 - share) / 1000) ** 0.5
+    assert all(row.prompt[0].content.split()[1] == row.completion.split()[1] for row in cut)
+    assert all(row.id == example_id(row.prompt, row.completion) for row in cut)
+
+
+def test_long_prompts_are_left_out_without_their_system_text():
+    system = Message(role="system", content="a long system text")
+    turns = system, Message(role="user", content="123456")
+    rows = [pair("12345"), pair("123456"), pair("1234567")]
+    rows += [Pair(id=pair_id(turns, "good", "bad"), prompt=turns, chosen="good", rejected="bad")]
+    result = build_partition(Inputs(pairs=rows), only("reward", max_prompt_chars=6))
+    assert sorted(row.prompt[-1].content for row in result.reward) == ["12345", "123456", "123456"]
+    assert result.dropped == {"pairs: too long": 1}
+
+
 def test_rejected_answers_become_candidates_beside_those_of_the_file():
     rows = [pair("a", "good", "bad"), pair("a", "fine", "bad"), pair("b", "good", "worse")]
     result = build_partition(Inputs(pairs=rows, forget=[example("a", "bad"), example("c", "other")]), only("forget"))

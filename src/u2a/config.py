@@ -86,6 +86,9 @@ class PartitionSection(Section):
     held_out_seed: Annotated[int, Field(ge=0)] | None = option(
         None, "seed of the cut of evaluation and reward pairs, so that runs with other seeds share them (null: seed)"
     )
+    mislabelled_frac: Frac = option(
+        0.0, "share of prompts whose good answer is made a candidate instead: what does wrong labelling do? (0: none)"
+    )
     max_finetune: Count | None = option(None, "at most this many fine-tuning pairs (null: all)")
     max_forget: Count | None = option(None, "at most this many candidates (null: all)")
     max_preference: Count | None = option(None, "at most this many PA pairs (null: all)")
@@ -93,6 +96,7 @@ class PartitionSection(Section):
     max_evaluation: Count | None = option(None, "at most this many evaluation pairs (null: all)")
     max_retain: Count | None = option(None, "at most this many retain rows (null: all)")
     max_answer_chars: Count | None = option(None, "leave out rows with a longer answer, counted (null: keep all)")
+    max_prompt_chars: Count | None = option(None, "likewise with a longer prompt, system text aside (null: keep all)")
 
     @model_validator(mode="after")
     def _sum(self) -> PartitionSection:
@@ -202,6 +206,17 @@ class SolveSection(Section):
     fallback: Literal["random_k", "none"] = option(
         "random_k", "with no signal: random draw with uniform weights, or rank anyway"
     )
+
+    def judges_rounds(self, measured: bool) -> bool:
+        """Tell whether anything depends on the inner runs of rounds; the inner run of a lone round is left out else.
+
+        Args:
+            measured: whether something is measured after each: held-out J, or rewards of the policy's answers.
+
+        Returns:
+            True also where another round or the refining of weights follows.
+        """
+        return measured or self.rounds > 1 or (self.final_refine and self.mirror_steps > 0)
 
 
 class UnlearnSection(Section):

@@ -139,8 +139,7 @@ def build_partition(inputs: Inputs, section: PartitionSection, seed: int = 0, al
     groups = {name: _placed(rows, seed) for name, rows in given.items() if rows is not None}
     groups = {name: _distinct(name, items, dropped) for name, items in groups.items()}
     groups = _consistent(groups, dropped)
-    if section.max_answer_chars is not None:
-        groups = {name: _short(name, items, section.max_answer_chars, dropped) for name, items in groups.items()}
+    groups = {name: _short(name, items, section, dropped) for name, items in groups.items()}
     cut = _cut(groups.pop("pairs"), section, own={name for name in groups if name != "forget"}, dropped=dropped)
     sets = {name: _in_order([*groups.get(name, []), *cut.get(name, [])]) for name in SETS}
     sets["forget"] = _distinct("forget", sets["forget"], dropped)
@@ -212,8 +211,14 @@ def _distinct(name: str, items: list[_Item], dropped: Counter[str]) -> list[_Ite
     return _kept(items, lambda item: first[item.row.id] is item, dropped, f"{name}: repeated")
 
 
-def _short(name: str, items: list[_Item], most: int, dropped: Counter[str]) -> list[_Item]:
-    return _kept(items, lambda item: max(map(len, item.answers)) <= most, dropped, f"{name}: too long")
+def _short(name: str, items: list[_Item], section: PartitionSection, dropped: Counter[str]) -> list[_Item]:
+    prompt, answer = section.max_prompt_chars or math.inf, section.max_answer_chars or math.inf
+
+    def short(item: _Item) -> bool:
+        words = sum(len(turn.content) for turn in item.row.prompt if turn.role != "system")
+        return words <= prompt and max(map(len, item.answers)) <= answer
+
+    return _kept(items, short, dropped, f"{name}: too long")
 
 
 def _consistent(groups: dict[str, list[_Item]], dropped: Counter[str]) -> dict[str, list[_Item]]:
@@ -254,8 +259,7 @@ def _cut(items: list[_Item], section: PartitionSection, own: set[str], dropped: 
         rest = {item.key for item in out.pop("")}
         items = [item for item in items if item.key in rest]
     out |= _assigned(items, shares)
-    if "forget" in out:
-        out["forget"] = [_candidate(item) for item in out["forget"]]
+    out["forget"] = [_candidate(item, section.mislabelled_frac) for item in out.get("forget", ())]
     return out
 
 
@@ -269,18 +273,13 @@ def _assigned(items: list[_Item], shares: Mapping[str, float]) -> dict[str, list
     return out
 
 
-def _candidate(item: _Item) -> _Item:
-    """Return a pair's rejected answer as a negative."""
+def _candidate(item: _Item, mislabelled: float) -> _Item:
+    """Return a pair's rejected answer as a negative; in this share of the prompts the chosen one instead."""
     pair = item.row
     assert isinstance(pair, Pair)
-    row = Example(
-        id=example_id(pair.prompt, pair.rejected),
-        prompt=pair.prompt,
-        completion=pair.rejected,
-        kind=pair.kind,
-        source=pair.source,
-    )
-    return replace(item, row=row)
+    text = pair.chosen if _place(item.key, "mislabelled") < mislabelled else pair.rejected
+    key = example_id(pair.prompt, text)
+    return replace(item, row=Example(id=key, prompt=pair.prompt, completion=text, kind=pair.kind, source=pair.source))
 
 
 def _capped(name: str, items: list[_Item], most: int | None, dropped: Counter[str]) -> list[_Item]:

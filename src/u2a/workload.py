@@ -153,16 +153,16 @@ class Workload:
         if section.objective == "dpo":
             self._reference("reference", [row for pair in self.partition.preference for row in self._both(pair)])
         if section.warmup_steps:
-            uniform = inner.uniform()
-            self._inner_run("warm-up", inner.shortened(section.warmup_steps), uniform)
+            self._inner_run("warm-up", inner.shortened(section.warmup_steps), inner.uniform())
         most = n_to_select(inner, self.outer)
-        steps = section.inner_steps or inner.section.max_steps
-        between = _with_steps(inner, steps)
+        between = _with_steps(inner, section.inner_steps or inner.section.max_steps)
         block = math.ceil(most / section.rounds)
+        judged = section.judges_rounds(section.heldout_frac > 0 or self.config.reward.model != "none")
         for index in range(section.rounds):
             self._gains(inner)
-            self._inner_run(f"inner run, round {index + 1}", between, self._drawn(min(most, block * (index + 1))))
-            self._measure()
+            if judged:
+                self._inner_run(f"inner run, round {index + 1}", between, self._drawn(min(most, block * (index + 1))))
+                self._measure()
         if section.final_refine and section.mirror_steps and most > 1:
             self._add("inner run, best round")  # the last round's solution is still there
             self._refine(between, self._drawn(most))

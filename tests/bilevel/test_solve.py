@@ -68,6 +68,24 @@ def test_first_block_is_the_top_by_estimate_and_follows_the_gains():
     assert max(found.weights.values()) > 1.0 / len(best)
 
 
+def test_a_lone_round_that_nothing_judges_has_no_inner_run(monkeypatch: pytest.MonkeyPatch):
+    options = {"n_selected": 4, "rounds": 1, "estimator": "mean", "heldout_frac": 0.0, "final_refine": False}
+    judged = run(replace(outer(**options), probe=lambda policy: 0.0))
+    ran: list[str] = []
+    before = InnerSolver.__call__
+
+    def counted(self, problem, weights, *rest):
+        ran.append("inner")
+        return before(self, problem, weights, *rest)
+
+    monkeypatch.setattr(InnerSolver, "__call__", counted)
+    found = run(outer(**options))
+    assert not ran and not found.rounds and found.stopped.startswith("one round")
+    assert found.weights == judged.weights and found.scores == judged.scores and len(judged.rounds) == 1
+    run(replace(outer(**options), probe=lambda policy: 0.0))
+    assert ran == ["inner"]
+
+
 def test_one_candidate_gets_all_the_weight_or_none():
     inner = InnerProblem(ROWS[:1], section=INNER.section)
     for fallback in ("none", "random_k"):

@@ -43,6 +43,16 @@ def test_verdicts_follow_interval_correction_and_direction() -> None:
     assert analyse(single, "h", cells({"a": 0.0, "b": 0.01})).contrasts[0].verdict == "equivalent"
 
 
+def test_a_family_is_tested_on_its_tasks_alone() -> None:
+    families = {
+        "here": {"level": 4.0, "contrasts": [["a", "b"]], "tasks": ["one"]},
+        "there": {"level": 4.0, "contrasts": [["a", "b"]], "tasks": ["two"]},
+    }
+    declared = protocol(tasks={"one": {"config": "one.yaml"}, "two": {"config": "two.yaml"}}, families=families)
+    rows = analyse(declared, "h", cells({"a": 2.0, "b": 0.0})).contrasts
+    assert [(row.family, row.task, row.n_seeds) for row in rows] == [("here", "one", 6), ("there", "two", 0)]
+
+
 def test_a_failed_cell_is_listed_and_enters_no_mean() -> None:
     whole, found = cells({"a": 0.4, "b": 0.1}), cells({"a": 0.4, "b": 0.1}, failed=("a", 3))
     task = analyse(protocol(), "h", found).tasks["one"]

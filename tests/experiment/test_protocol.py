@@ -107,6 +107,7 @@ BAD = {
     "no such task": (set_in("arms", "a", "tasks", value=["x"]), "arms.a.tasks: 'x' is no task"),
     "shared option": (set_in("arms", "a", "set", value=["model.dtype=float16"]), "model.dtype is shared by all arms"),
     "unknown contrast": (set_in("families", value={"f": {"contrasts": [["a", "z"]]}}), "families.f: 'z' is no arm"),
+    "unknown task of a family": (set_in("families", value={"f": {"tasks": ["z"]}}), "families.f.tasks: 'z' is no task"),
     "seed of both": (set_in("tuning", value={"seeds": [0], "level": 1.0}), "not in tuning.seeds"),
     "wrong type": (set_in("measure", "prompts", value="many"), "measure.prompts: .*got 'many'"),
     "name": (set_in("arms", "a/b", value={"method": "full"}), "made of letters"),

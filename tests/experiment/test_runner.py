@@ -141,7 +141,7 @@ def test_slots_follow_the_protocol() -> None:
 
     protocol = Protocol.model_validate(
         {
-            "tasks": {"x": {"config": "x"}, "y": {"config": "y"}},
+            "tasks": {"x": {"config": "x", "seeds": 2}, "y": {"config": "y"}},
             "seeds": [0, 1, 2],
             "arms": {
                 "one": {"method": "full", "seeds": 1, "tasks": ["y"]},
@@ -149,12 +149,13 @@ def test_slots_follow_the_protocol() -> None:
             },
         }
     )
-    tuning = [Slot(task, "two", 1000, trial) for task in "xy" for trial in (0, 1)]
-    main_part = [
-        Slot("x", "two", 0, None), Slot("y", "one", 0, 0), Slot("y", "two", 0, None),
-        *(Slot(task, "two", seed, None) for seed in (1, 2) for task in "xy"),
-    ]  # fmt: skip
-    assert slots(protocol) == tuning + main_part
+    assert slots(protocol) == [
+        *(Slot("x", "two", 1000, trial) for trial in (0, 1)),
+        *(Slot("x", "two", seed, None) for seed in (0, 1)),
+        *(Slot("y", "two", 1000, trial) for trial in (0, 1)),
+        Slot("y", "one", 0, 0),
+        *(Slot("y", "two", seed, None) for seed in (0, 1, 2)),
+    ]
     assert slots(protocol, ["one"]) == [Slot("y", "one", 0, 0)]
     with pytest.raises(ConfigError, match=r"--only three: no such arm \(expected some of: one, two\)"):
         slots(protocol, ["three"])

@@ -61,6 +61,11 @@ class OuterProblem:
     clusters: Mapping[str, int] | None = None
     checkpoints: Path | None = None
 
+    @property
+    def inner_checkpoints(self) -> Path | None:
+        """Where inner runs keep their checkpoints."""
+        return None if self.checkpoints is None else self.checkpoints / "inner"
+
     def clusters_of(self, inner: InnerProblem) -> list[int] | None:
         """Return the cluster of each candidate.
 
@@ -168,6 +173,12 @@ class Gains:
     table: ScoreTable
     statistics: FoldStatistics
     estimates: Tensor
+
+    @property
+    def unit(self) -> float:
+        """The unit of rates and tolerances: the sd of the estimates (1 when they are all equal)."""
+        spread = float(self.estimates.std(correction=0))
+        return spread if spread > 0 else 1.0
 
 
 @dataclass(frozen=True)

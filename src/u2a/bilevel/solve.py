@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -185,8 +184,12 @@ def _round(search: _Search, state: SearchState, most: int) -> Solution | None:
     if not bool(state.weights.any()):
         state.ended("no candidate promises a gain")
         return None
-    search.try_weights(state, _Step(start, gains, gap, added, dropped))
-    _stop(state, outer, bool(added))
+    if search.judges:
+        search.try_weights(state, _Step(start, gains, gap, added, dropped))
+        _stop(state, outer, bool(added))
+    else:
+        state.best_weights = state.weights
+        state.ended("one round, and nothing to judge it by: its inner run is left out")
     return None
 
 
@@ -218,10 +221,15 @@ class _Search:
         """Hash of what the search depends on."""
         return search_id(self.inner, self.outer)
 
+    @property
+    def judges(self) -> bool:
+        """Whether anything depends on what the trial weights do."""
+        return self.outer.section.judges_rounds(bool(self.folds.heldout) or self.outer.probe is not None)
+
     def inner_run(self, weights: Tensor, label: str) -> UnlearnResult:
         """Bring the policy to theta*(omega)."""
         with self.console.phase(f"inner run, {label}", self.inner.section.max_steps, "steps", saves=True) as advance:
-            return self.solver(self.inner, _mapping(self.inner, weights), label, _runs(self.outer), advance)
+            return self.solver(self.inner, _mapping(self.inner, weights), label, self.outer.inner_checkpoints, advance)
 
     def try_weights(self, state: SearchState, step: _Step) -> None:
         """Solve the inner problem at the trial weights, judge them by J there, and record the round."""
@@ -255,7 +263,7 @@ def _certified(gains: Gains, gap: float | None, outer: OuterProblem) -> str:
         return ""
     if len(gains.estimates) > 1 and bool((gains.estimates == gains.estimates[0]).all()):
         return "all candidates look alike (Frank-Wolfe gap 0)"
-    return "Frank-Wolfe gap below tolerance" if gap <= outer.section.gap_tol * _unit(gains) else ""
+    return "Frank-Wolfe gap below tolerance" if gap <= outer.section.gap_tol * gains.unit else ""
 
 
 def _refine_on_selected(search: _Search, state: SearchState) -> None:
@@ -294,18 +302,7 @@ def _warm_up(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: 
         policy.reset()
         return
     with console.phase("warm-up", steps, "steps", saves=True) as advance:
-        unlearn(policy, inner.shortened(steps), inner.uniform(), "warm-up", _runs(outer), advance)
-
-
-def _runs(outer: OuterProblem) -> Path | None:
-    """Where inner runs keep their checkpoints."""
-    return None if outer.checkpoints is None else outer.checkpoints / "inner"
-
-
-def _unit(gains: Gains) -> float:
-    """The unit of rates and tolerances: the sd of the estimates (1 when they are all equal)."""
-    spread = float(gains.estimates.std(correction=0))
-    return spread if spread > 0 else 1.0
+        unlearn(policy, inner.shortened(steps), inner.uniform(), "warm-up", outer.inner_checkpoints, advance)
 
 
 def _update(
@@ -328,8 +325,7 @@ def _update(
 
 def _refined(weights: Tensor, gains: Gains, section: SolveSection) -> Tensor:
     """Move weights by mirror descent and drop small ones; rates and the penalty are in units of the gains' sd."""
-    unit = _unit(gains)
-    rate, beta = section.mirror_rate / unit, section.sparsity * unit
+    rate, beta = section.mirror_rate / gains.unit, section.sparsity * gains.unit
     moved = refine(weights, -gains.estimates, rate, section.mirror_steps, beta, section.sparsity_p)
     return drop_small(moved, section.drop_below)
 

@@ -44,7 +44,7 @@ class ContrastFigures(Row):
 
 
 def family_contrasts(name: str, family: FamilySection, protocol: Protocol, cells: Cells) -> list[ContrastFigures]:
-    """The contrasts of one family on every task that has both arms, corrected by Holm's procedure.
+    """The contrasts of one family on each of its tasks that has both arms, corrected by Holm's procedure.
 
     Args:
         name: of the family.
@@ -57,7 +57,7 @@ def family_contrasts(name: str, family: FamilySection, protocol: Protocol, cells
     """
     margin = protocol.margins.get(family.metric)
     rows = []
-    for task in protocol.tasks:
+    for task in protocol.tasks if family.tasks is None else family.tasks:
         for first, second in family.contrasts:
             if all(task in protocol.tasks_of(arm) for arm in (first, second)):
                 rows.append(_contrast(name, family, task, (first, second), margin, cells))

@@ -53,7 +53,7 @@ class Listed:
 
 
 def slots(protocol: Protocol, only: Sequence[str] = ()) -> list[Slot]:
-    """List everything to be run: first the tuning, then seed by seed all tasks and arms.
+    """List everything to be run, task by task: first its tuning, then seed by seed all arms.
 
     Args:
         protocol: the protocol.
@@ -69,22 +69,24 @@ def slots(protocol: Protocol, only: Sequence[str] = ()) -> list[Slot]:
     if unknown:
         raise ConfigError(f"--only {unknown[0]}: no such arm (expected some of: {', '.join(protocol.arms)})")
     arms = [arm for arm in protocol.arms if not only or arm in only]
-    tuning = [
-        Slot(task, arm, seed, trial)
-        for arm in arms
-        if len(protocol.arms[arm].trials) > 1
-        for task in protocol.tasks_of(arm)
-        for seed in protocol.tuning.seeds
-        for trial in range(len(protocol.arms[arm].trials))
-    ]
-    main = [
-        Slot(task, arm, seed, None if len(protocol.arms[arm].trials) > 1 else 0)
-        for seed in protocol.seeds
-        for task in protocol.tasks
-        for arm in arms
-        if task in protocol.tasks_of(arm) and seed in protocol.seeds_of(arm)
-    ]
-    return tuning + main
+    out: list[Slot] = []
+    for task in protocol.tasks:
+        here = [arm for arm in arms if task in protocol.tasks_of(arm)]
+        grids = {arm: len(protocol.arms[arm].trials) for arm in here}
+        tuned = [arm for arm in here if grids[arm] > 1]
+        out += [
+            Slot(task, arm, seed, trial)
+            for seed in protocol.tuning.seeds
+            for arm in tuned
+            for trial in range(grids[arm])
+        ]
+        out += [
+            Slot(task, arm, seed, None if arm in tuned else 0)
+            for seed in protocol.seeds
+            for arm in here
+            if seed in protocol.seeds_of(arm, task)
+        ]
+    return out
 
 
 @dataclass

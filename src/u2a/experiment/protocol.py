@@ -29,6 +29,7 @@ class TaskSection(Section):
 
     config: str = option("", "configuration file of a run, relative to the protocol's folder")
     set: list[str] = option([], "changes to it, as section.option=value")
+    seeds: Count | None = option(None, "run on this many of the seeds, the first ones (null: all)")
 
 
 class ArmSection(Section):
@@ -37,7 +38,7 @@ class ArmSection(Section):
     method: str = option("", "name of the method")
     set: list[str] = option([], "changes to the task's options, as section.option=value (sections unlearn and solve)")
     tasks: list[str] | None = option(None, "tasks it is run on (null: all)")
-    seeds: Count | None = option(None, "run on this many of the seeds, the first ones (null: all)")
+    seeds: Count | None = option(None, "run on this many of a task's seeds, the first ones (null: all)")
     trials: list[dict[str, float]] = option([{}], "hyperparameters by name; of several the tuning rule chooses one")
 
 
@@ -73,6 +74,7 @@ class FamilySection(Section):
     metric: str = option("preference_margin", "what is compared")
     level: Positive = option(1.0, "at which budget level")
     contrasts: list[tuple[str, str]] = option([], "pairs of arms; the difference is first minus second")
+    tasks: list[str] | None = option(None, "tasks it is tested on (null: all)")
 
 
 class StatementSection(Section):
@@ -116,6 +118,8 @@ class Protocol(Section):
         for name, family in self.families.items():
             unknown = sorted({arm for pair in family.contrasts for arm in pair} - set(self.arms))
             problems += [f"families.{name}: {arm!r} is no arm" for arm in unknown]
+            others = sorted(set(family.tasks or []) - set(self.tasks))
+            problems += [f"families.{name}.tasks: {task!r} is no task" for task in others]
             if family.level not in self.budgets.levels:
                 problems.append(f"families.{name}.level: {family.level:g} is none of budgets.levels")
         problems += _statement_problems(self)
@@ -130,16 +134,17 @@ class Protocol(Section):
         """Whether any arm has a choice of trials."""
         return any(len(arm.trials) > 1 for arm in self.arms.values())
 
-    def seeds_of(self, arm: str) -> list[int]:
-        """The main seeds of an arm.
+    def seeds_of(self, arm: str, task: str) -> list[int]:
+        """The main seeds of an arm on a task.
 
         Args:
             arm: its name.
+            task: its name.
 
         Returns:
             The first ones of all seeds.
         """
-        return self.seeds[: self.arms[arm].seeds]
+        return self.seeds[: self.tasks[task].seeds][: self.arms[arm].seeds]
 
     def tasks_of(self, arm: str) -> list[str]:
         """The tasks of an arm.

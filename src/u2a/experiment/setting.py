@@ -311,8 +311,13 @@ def _unit(policy: Policy, partition: Partition, config: RunConfig) -> tuple[int,
 
 
 def _forget_pairs(config: RunConfig, partition: Partition) -> tuple[Pair, ...]:
-    """The pairs whose rejected answers are candidates, one per candidate, in the candidates' order."""
+    """The pairs whose rejected answers are candidates, one per candidate, in the candidates' order.
+
+    A candidate that is mislabelled on purpose (``partition.mislabelled_frac``) is as wrong in its pair.
+    """
     by_id: dict[str, Pair] = {}
-    for pair in sorted(read_inputs(config.data, {}).pairs, key=lambda pair: pair.id):
+    pairs = sorted(read_inputs(config.data, {}).pairs, key=lambda pair: pair.id)
+    swapped = [pair.model_copy(update={"chosen": pair.rejected, "rejected": pair.chosen}) for pair in pairs]
+    for pair in pairs + (swapped if config.partition.mislabelled_frac else []):
         by_id.setdefault(example_id(pair.prompt, pair.rejected), pair)
     return tuple(by_id[row.id] for row in partition.forget if row.id in by_id)
