@@ -6,8 +6,9 @@ from itertools import product
 
 import numpy as np
 
-from u2a.experiment.cell import CellResult, LevelResult, Measured
+from u2a.experiment.cell import CellResult, LevelResult
 from u2a.experiment.estimates import Cells
+from u2a.experiment.measured import Measured
 from u2a.experiment.meter import Spent
 from u2a.experiment.protocol import Protocol
 

@@ -13,7 +13,8 @@ import scipy.stats
 from fake_cells import GROUPS, PROMPTS, SEEDS, cells, measured, protocol
 from u2a.errors import ConfigError
 from u2a.experiment.analysis import analyse, area, budget_to_reach
-from u2a.experiment.estimates import Cells, retain_ppl, t_interval
+from u2a.experiment.estimates import Cells, t_interval
+from u2a.experiment.measured import retain_ppl
 
 
 def prompt_means(values: dict[str, float]) -> dict[str, float]:

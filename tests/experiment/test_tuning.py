@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from u2a.experiment.cell import CellResult, LevelResult, Measured
+from u2a.experiment.cell import CellResult, LevelResult
+from u2a.experiment.measured import Measured
 from u2a.experiment.meter import Spent
 from u2a.experiment.protocol import TuningSection
 from u2a.experiment.tuning import choose_trial, perplexity

@@ -12,7 +12,8 @@ from small_experiment import equal_length, small_setting
 from u2a.bilevel.solve import score
 from u2a.errors import ConfigError
 from u2a.experiment.arm import Trained
-from u2a.experiment.cell import Course, LevelResult, Measured
+from u2a.experiment.cell import Course, LevelResult
+from u2a.experiment.measured import Measured
 from u2a.experiment.meter import Meter
 from u2a.experiment.setting import Setting
 from u2a.experiment.unlearning_arms import (

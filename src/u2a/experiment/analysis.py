@@ -9,7 +9,17 @@ from statistics import fmean
 
 from u2a.experiment.cell import CellResult
 from u2a.experiment.contrasts import ContrastFigures, family_contrasts
-from u2a.experiment.estimates import BY_PROMPT, BY_SEED, Cells, Figure, figure_by_prompt, figure_by_seed, retain_ppl
+from u2a.experiment.estimates import (
+    BY_PROMPT,
+    BY_SEED,
+    PROMPT_METRICS,
+    Cells,
+    Figure,
+    figure_by_prompt,
+    figure_by_seed,
+    values_of,
+)
+from u2a.experiment.measured import retain_ppl
 from u2a.experiment.protocol import Protocol
 from u2a.record import Record, Row
 
@@ -159,10 +169,10 @@ def _arm(protocol: Protocol, cells: Cells, task: str, arm: str) -> ArmFigures:
 
 def _level(cells: Cells, task: str, fine: Sequence[CellResult], k: int) -> LevelFigures:
     at = {cell.seed: cell.levels[k] for cell in fine}
-    metrics = {
-        metric: figure_by_prompt({seed: cells.prompts(task, seed, read(found.measured)) for seed, found in at.items()})
-        for metric, read in BY_PROMPT.items()
-    }
+    metrics: dict[str, Figure] = {}
+    for metric in PROMPT_METRICS:
+        values = {seed: cells.prompts(task, seed, values_of(metric, found)) for seed, found in at.items()}
+        metrics[metric] = figure_by_prompt(values)
     metrics |= {metric: figure_by_seed([read(found) for found in at.values()]) for metric, read in BY_SEED.items()}
     return LevelFigures(
         level=fine[0].levels[k].level,

@@ -5,59 +5,31 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import torch
 
 from u2a import __version__
 from u2a.config import RunConfig
 from u2a.errors import NonFiniteError, Stopped
-from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm
+from u2a.evaluation.arm import ArmResult, Instruments
 from u2a.experiment.arm import Arm, Selection, Track, Trained
+from u2a.experiment.measured import (
+    AtEqualPpl,
+    Measured,
+    measure_at_equal_ppl,
+    measure_policy,
+    measured_of,
+    retain_ppl,
+)
 from u2a.experiment.meter import Meter, Spent
 from u2a.experiment.protocol import decisive
 from u2a.experiment.setting import Setting, Split
-from u2a.modeling import Policy, evaluation_mode
-from u2a.progress import Console
+from u2a.modeling import Policy
 from u2a.record import Record, Row, content_id, one_line
 from u2a.signals import stopping
 from u2a.solution import Reliability
 from u2a.types import StepLog
-
-
-class Measured(Row):
-    """What was measured of one state of the policy, item by item.
-
-    Attributes:
-        margin: length-normalised preference margin by evaluation pair, nats per token.
-        hit: 1, 0 or 1/2 (a tie) by evaluation pair.
-        retain_nll: summed NLL by retain row, nats; empty where one was not finite (``collapsed`` says so).
-        retain_tokens: answer tokens by retain row.
-        answers: generated answer by prompt (the pair's id); this and what follows only at full levels.
-        reward: reward of the answer by prompt.
-        second_reward: the same under the second reward model.
-        words: words of the answer by prompt.
-        refusal: 1 where the answer refuses, by prompt.
-        degenerate: 1 where its form is broken, by prompt.
-        collapsed: what prevails in the answers of a model that has collapsed; else empty.
-        seconds: wall seconds of the measurement.
-    """
-
-    margin: dict[str, float]
-    hit: dict[str, float]
-    retain_nll: dict[str, float]
-    retain_tokens: dict[str, float]
-    answers: dict[str, str] = {}
-    reward: dict[str, float] = {}
-    second_reward: dict[str, float] = {}
-    words: dict[str, float] = {}
-    refusal: dict[str, float] = {}
-    degenerate: dict[str, float] = {}
-    collapsed: str = ""
-    seconds: float = 0.0
 
 
 class LevelResult(Row):
@@ -71,6 +43,7 @@ class LevelResult(Row):
         full: whether answers were generated.
         untrained: whether the policy stood at theta_0.
         measured: what was measured.
+        equal: the same with the change scaled to the utility budget; None where not asked for, or not possible.
     """
 
     level: float
@@ -80,6 +53,12 @@ class LevelResult(Row):
     full: bool
     untrained: bool
     measured: Measured
+    equal: AtEqualPpl | None = None
+
+    @property
+    def at_equal_ppl(self) -> Measured | None:
+        """What was measured at the utility budget, or None."""
+        return None if self.equal is None else self.equal.measured or self.measured
 
 
 class CellResult(Record):
@@ -146,6 +125,8 @@ class Cell:
         values: its hyperparameters.
         levels: of the budget, rising.
         full: levels at which answers are generated.
+        equal_ppl_frac: how far retain perplexity may rise where full levels are measured once more with the change
+            scaled down, as a share of the start's; None: not measured.
     """
 
     task: str
@@ -158,6 +139,7 @@ class Cell:
     values: Mapping[str, float]
     levels: tuple[float, ...]
     full: tuple[float, ...]
+    equal_ppl_frac: float | None = None
 
     @property
     def name(self) -> str:
@@ -171,6 +153,7 @@ class Cell:
             16 hexadecimal digits.
         """
         rest: list[Any] = [self.method, self.split, self.dev_frac, dict(self.values), self.levels, self.full]
+        rest += [] if self.equal_ppl_frac is None else [self.equal_ppl_frac]
         return content_id(json.dumps([decisive(self.config), *rest, __version__], sort_keys=True))
 
 
@@ -183,6 +166,8 @@ class Course:
         unit_flops: FLOPs of one unit.
         levels: rising.
         measure: measures the policy; told whether answers are wanted.
+        full: levels at which they are.
+        measure_equal: measures the setting's policy once more at the utility budget, or None.
         results: levels passed so far.
     """
 
@@ -191,6 +176,7 @@ class Course:
     levels: tuple[float, ...]
     measure: Callable[[Policy | None, bool], tuple[Measured, bool]]
     full: tuple[float, ...] = ()
+    measure_equal: Callable[[Measured], AtEqualPpl | None] | None = None
     results: list[LevelResult] = field(default_factory=list)
 
     def left(self) -> bool:
@@ -222,6 +208,8 @@ class Course:
         with self.meter.paused():
             full = bool(set(levels) & set(self.full))
             measured, untrained = self.measure(policy, full)
+            wanted = full and policy is None and self.measure_equal is not None
+            equal = self.measure_equal(measured) if wanted else None
         self.results += [
             LevelResult(
                 level=level,
@@ -231,6 +219,7 @@ class Course:
                 full=full,
                 untrained=untrained,
                 measured=measured,
+                equal=equal,
             )
             for level in levels
         ]
@@ -272,7 +261,10 @@ def run_cell(cell: Cell, arm: Arm, bench: Bench) -> CellResult:
     def measure(policy: Policy | None, full: bool) -> tuple[Measured, bool]:
         return _measure(cell, bench, policy, full)
 
-    course = Course(meter, bench.unit_flops, cell.levels, measure, cell.full)
+    def measure_equal(measured: Measured) -> AtEqualPpl | None:
+        return _measure_equal(cell, bench, measured)
+
+    course = Course(meter, bench.unit_flops, cell.levels, measure, cell.full, measure_equal)
     outcome: dict[str, Any] = {"status": "ok"}
     try:
         trained = arm.train(bench.setting, cell.values, meter, course)
@@ -314,59 +306,23 @@ def _outcome(trained: Trained) -> dict[str, Any]:
 
 
 def _measure(cell: Cell, bench: Bench, other: Policy | None, full: bool) -> tuple[Measured, bool]:
-    """Measure the policy as it is, without a trace in the course of its training; at theta_0 it is known already."""
+    """Measure the policy as it is; at theta_0 it is known already."""
     policy, setting = other or bench.setting.policy, bench.setting
-    begin = time.monotonic()
     if other is None and float(policy.change_sq().detach()) == 0.0:
         return measured_of(bench.start, full), True
     section = cell.config.evaluation
-    section = section if full else section.model_copy(update={"generate_prompts": 0})
-    with _undisturbed(policy):
-        found = evaluate_arm(
-            policy, setting.partition, bench.instruments, section, setting.seed, Console(quiet=True), cell.arm
-        )
-    return measured_of(found, full, round(time.monotonic() - begin, 3)), False
+    return measure_policy(policy, setting.partition, bench.instruments, section, setting.seed, full), False
 
 
-@contextmanager
-def _undisturbed(policy: Policy) -> Iterator[None]:
-    """Leave random numbers and the model's mode to the training as they were."""
-    devices = [policy.device.index or 0] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), evaluation_mode(policy.model):
-        yield
+def _measure_equal(cell: Cell, bench: Bench, measured: Measured) -> AtEqualPpl | None:
+    """Measure the policy with its change scaled down to the common utility budget."""
+    setting = bench.setting
+    if cell.equal_ppl_frac is None or not setting.partition.retain_parts().evaluation:
+        return None
+    known = {0.0: retain_ppl(measured_of(bench.start, False)) or math.inf, 1.0: retain_ppl(measured) or math.inf}
 
+    def measure(policy: Policy) -> Measured:
+        section = cell.config.evaluation
+        return measure_policy(policy, setting.partition, bench.instruments, section, setting.seed, True)
 
-def measured_of(found: ArmResult, full: bool, seconds: float = 0.0) -> Measured:
-    """Keep the values of single items.
-
-    Args:
-        found: a measurement.
-        full: keep the answers and what is measured on them.
-        seconds: it took.
-
-    Returns:
-        The values.
-    """
-
-    def values(name: str) -> dict[str, float]:
-        return found.metrics[name].values if full else {}
-
-    finite = all(math.isfinite(value) for value in found.retain_nll.values())
-    return Measured(
-        margin=found.metrics["preference_margin"].values,
-        hit=found.metrics["preference_accuracy"].values,
-        retain_nll=found.retain_nll if finite else {},
-        retain_tokens=found.retain_tokens,
-        answers=found.answers if full else {},
-        reward=found.rewards if full else {},
-        second_reward=found.second_rewards if full else {},
-        words=values("answer_words"),
-        refusal=values("refusal_rate"),
-        degenerate=values("degenerate_rate"),
-        collapsed=_collapse(found) if full else "",
-        seconds=seconds,
-    )
-
-
-def _collapse(found: ArmResult) -> str:
-    return str(found.collapse.kind) if found.collapse is not None and found.collapse.flag else ""
+    return measure_at_equal_ppl(setting.policy, setting.partition, cell.equal_ppl_frac, known, measure)

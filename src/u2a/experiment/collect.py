@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from u2a.experiment.analysis import analyse
-from u2a.experiment.cell import CellResult, Measured, measured_of
+from u2a.experiment.cell import CellResult
 from u2a.experiment.estimates import Cells
+from u2a.experiment.measured import Measured, measured_of
 from u2a.experiment.plan import Plan
 from u2a.experiment.protocol import protocol_hash
 from u2a.experiment.results import write_results

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from u2a.errors import ConfigError
 from u2a.evaluation.significance import equivalence, holm, sign_flip_test
-from u2a.experiment.estimates import BY_PROMPT, BY_SEED, LOWER_IS_BETTER, Cells, crossed, t_interval
+from u2a.experiment.estimates import BY_SEED, LOWER_IS_BETTER, PROMPT_METRICS, Cells, crossed, t_interval, values_of
 from u2a.experiment.protocol import FamilySection, Protocol
 from u2a.record import Row
 
@@ -77,9 +77,10 @@ def _contrast(
     ]
     ok = [{cell.seed for cell in cells.of(task, arm) if cell.status == "ok"} for arm in arms]
     seeds = sorted(sides[0].keys() & sides[1].keys() & ok[0] & ok[1])
-    if family.metric in BY_PROMPT:
-        read = BY_PROMPT[family.metric]
-        pairs = {seed: [cells.prompts(task, seed, read(side[seed].measured)) for side in sides] for seed in seeds}
+    if family.metric in PROMPT_METRICS:
+        pairs = {
+            seed: [cells.prompts(task, seed, values_of(family.metric, side[seed])) for side in sides] for seed in seeds
+        }
         differences = {
             str(seed): {prompt: left[prompt] - right[prompt] for prompt in left.keys() & right.keys()}
             for seed, (left, right) in pairs.items()
@@ -95,7 +96,7 @@ def _contrast(
         }
         interval, n_prompts = t_interval(list(means.values())), None
     else:
-        known = ", ".join([*BY_PROMPT, *BY_SEED])
+        known = ", ".join([*PROMPT_METRICS, *BY_SEED])
         raise ConfigError(f"families.{name}.metric: {family.metric!r} is no metric of an experiment ({known})")
     tost = None if margin is None or len(means) < 2 else equivalence(means, margin)
     return ContrastFigures(

@@ -16,7 +16,8 @@ import scipy.stats
 
 from u2a.errors import ConfigError
 from u2a.evaluation.stats import Interval, hierarchical_difference
-from u2a.experiment.cell import CellResult, LevelResult, Measured
+from u2a.experiment.cell import CellResult, LevelResult
+from u2a.experiment.measured import Measured, retain_ppl
 from u2a.record import Row
 
 RESAMPLES = 10_000
@@ -31,12 +32,15 @@ BY_PROMPT: dict[str, Callable[[Measured], Mapping[str, float]]] = {
 }
 BY_SEED: dict[str, Callable[[LevelResult], float | None]] = {
     "retain_ppl": lambda found: retain_ppl(found.measured),
+    "scale_at_equal_ppl": lambda found: None if found.equal is None else found.equal.search.scale,
     "flops": lambda found: float(found.spent.total_flops),
     "seconds": lambda found: sum(found.spent.seconds.values()),
     "cpu_seconds": lambda found: sum(found.spent.cpu_seconds.values()),
     "peak_rss_bytes": lambda found: float(found.spent.peak_rss_bytes),
 }
-LOWER_IS_BETTER = ("degenerate_rate", *BY_SEED)
+EQUAL = "_at_equal_ppl"  # ends the name of a metric that is measured with the change scaled to the utility budget
+PROMPT_METRICS = (*BY_PROMPT, f"preference_margin{EQUAL}", f"reward{EQUAL}")
+LOWER_IS_BETTER = ("degenerate_rate", *(name for name in BY_SEED if name != "scale_at_equal_ppl"))
 
 
 class Figure(Row):
@@ -54,6 +58,21 @@ class Figure(Row):
     high: float | None = None
     n_seeds: int = 0
     n_prompts: int | None = None
+
+
+def values_of(metric: str, found: LevelResult) -> Mapping[str, float]:
+    """Values of single items at a level.
+
+    Args:
+        metric: one of ``PROMPT_METRICS``.
+        found: the level.
+
+    Returns:
+        Value by item id; empty where it was not measured.
+    """
+    if not metric.endswith(EQUAL):
+        return BY_PROMPT[metric](found.measured)
+    return {} if found.at_equal_ppl is None else BY_PROMPT[metric.removesuffix(EQUAL)](found.at_equal_ppl)
 
 
 @dataclass(frozen=True)
@@ -99,22 +118,6 @@ class Cells:
         for item, value in values.items():
             gathered[groups[item]].append(value)
         return {prompt: fmean(found) for prompt, found in gathered.items()}
-
-
-def retain_ppl(measured: Measured) -> float | None:
-    """Perplexity of the retain rows.
-
-    Args:
-        measured: with their NLL and tokens.
-
-    Returns:
-        exp(nats per token), or None where it is undefined or overflows (a collapse).
-    """
-    tokens = sum(measured.retain_tokens[row] for row in measured.retain_nll)
-    if not tokens:
-        return None
-    nats = math.fsum(measured.retain_nll.values()) / tokens
-    return math.exp(nats) if nats < 700 else None
 
 
 def figure_by_prompt(values: Mapping[int, Mapping[str, float]]) -> Figure:

@@ -167,6 +167,7 @@ class Plan:
             values=arm.trials[trial],
             levels=tuple(levels),
             full=tuple(full),
+            equal_ppl_frac=None if place.split == "dev" else protocol.measure.equal_ppl_frac,
         )
         return self._cells[slot]
 

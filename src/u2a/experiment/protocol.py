@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from u2a import __version__
 from u2a.config import SOURCES, RunConfig
-from u2a.config_base import Count, Frac, Positive, Section, option
+from u2a.config_base import Count, Frac, NonNegative, Positive, Section, option
 from u2a.config_evaluation import EvaluationSection
 from u2a.config_file import load_config
 from u2a.errors import ConfigError, RecordError
@@ -54,6 +54,9 @@ class MeasureSection(Section):
 
     prompts: Count = option(48, "evaluation prompts answered at full levels")
     max_new_tokens: Count = option(32, "tokens per answer")
+    equal_ppl_frac: NonNegative | None = option(
+        0.05, "measure full levels also with the change scaled until retain perplexity rises by no more (null: not)"
+    )
 
 
 class TuningSection(Section):

@@ -25,6 +25,8 @@ COLUMNS = {
     "reward": "reward ↑",
     "second_reward": "second reward ↑",
     "retain_ppl": "retain perplexity ↓",
+    "preference_margin_at_equal_ppl": "margin at equal perplexity ↑",
+    "reward_at_equal_ppl": "reward at equal perplexity ↑",
     "answer_words": "words",
     "degenerate_rate": "degenerate ↓",
 }

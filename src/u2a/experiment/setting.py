@@ -311,10 +311,7 @@ def _unit(policy: Policy, partition: Partition, config: RunConfig) -> tuple[int,
 
 
 def _forget_pairs(config: RunConfig, partition: Partition) -> tuple[Pair, ...]:
-    """The pairs whose rejected answers are candidates, one per candidate, in the candidates' order.
-
-    A candidate that is mislabelled on purpose (``partition.mislabelled_frac``) is as wrong in its pair.
-    """
+    """The pairs whose rejected answers are candidates, one each; one mislabelled on purpose is so here, too."""
     by_id: dict[str, Pair] = {}
     pairs = sorted(read_inputs(config.data, {}).pairs, key=lambda pair: pair.id)
     swapped = [pair.model_copy(update={"chosen": pair.rejected, "rejected": pair.chosen}) for pair in pairs]
