@@ -27,7 +27,7 @@ RUN ?= runs/demo
 # After the installation nothing may reach for the network, and no thread pool may fight another one.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection faults test-environment notebooks screenshot experiment-smoke experiment-main clean
+.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection faults test-environment notebooks screenshot experiment-smoke experiment-main experiment-ablation experiment-signal experiment-validity clean
 help:
 	@echo "make demo    run all stages on the demo data, on the CPU"
 	@echo "make test    run the tests (not those marked slow, gpu or network)"
@@ -41,7 +41,10 @@ help:
 	@echo "make bench-rivals   install the libraries that bench-scoring compares with, into $(RIVALS)"
 	@echo "make screenshot  take the pictures of the report in docs/ again, from RUN=$(RUN) (needs Chromium)"
 	@echo "make experiment-smoke  every arm of the comparison on a tiny random model"
+	@echo "make experiment-signal  is there a signal in the PA pairs of each task of the comparison?"
 	@echo "make experiment-main   the comparison at equal compute (hours; data in U2A_DATA or ../shared/data)"
+	@echo "make experiment-ablation  one change of U2A at a time (an hour)"
+	@echo "make experiment-validity  predicted against measured gain on SmolLM2 (an hour)"
 	@echo "make clean   remove the environment, caches and runs"
 
 install: $(STAMP)
@@ -101,6 +104,19 @@ experiment-smoke: $(STAMP)
 experiment-main: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/u2a experiment configs/experiment-main.yaml \
 	  --processes 2 $(EXPERIMENT_OPTIONS)
+
+experiment-ablation: $(STAMP)
+	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/u2a experiment configs/experiment-ablation.yaml \
+	  --processes 2 $(EXPERIMENT_OPTIONS)
+
+# Settings are those of the comparison; the last line printed is JSON.
+experiment-signal: $(STAMP)
+	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/pa_signal.py \
+	  configs/experiment-main.yaml --out bench/results/pa_signal.json
+
+experiment-validity: $(STAMP)
+	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/selection_smollm2.py \
+	  configs/experiment-main.yaml --out bench/results/selection_smollm2.json
 
 bench-rivals: $(RIVALS)/installed.stamp
 
