@@ -27,7 +27,7 @@ RUN ?= runs/demo
 # After the installation nothing may reach for the network, and no thread pool may fight another one.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection faults test-environment notebooks screenshot experiment-smoke experiment-main experiment-ablation experiment-signal experiment-validity clean
+.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection faults test-environment notebooks screenshot experiment-smoke experiment-main experiment-ablation experiment-signal experiment-validity experiment-rewards clean
 help:
 	@echo "make demo    run all stages on the demo data, on the CPU"
 	@echo "make test    run the tests (not those marked slow, gpu or network)"
@@ -44,6 +44,7 @@ help:
 	@echo "make experiment-signal  is there a signal in the PA pairs of each task of the comparison?"
 	@echo "make experiment-main   the comparison at equal compute (hours; data in U2A_DATA or ../shared/data)"
 	@echo "make experiment-ablation  one change of U2A at a time (an hour)"
+	@echo "make experiment-rewards   do two reward models agree on the candidates of the comparison?"
 	@echo "make experiment-validity  predicted against measured gain on SmolLM2 (an hour)"
 	@echo "make clean   remove the environment, caches and runs"
 
@@ -113,6 +114,10 @@ experiment-ablation: $(STAMP)
 experiment-signal: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/pa_signal.py \
 	  configs/experiment-main.yaml --out bench/results/pa_signal.json
+
+experiment-rewards: $(STAMP)
+	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/reward_agreement.py \
+	  configs/experiment-main.yaml --out bench/results/reward_agreement.json
 
 experiment-validity: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/selection_smollm2.py \

@@ -78,7 +78,7 @@ def test_files_hold_every_figure(tmp_path: Path) -> None:
     assert arm["n_seeds"] == 6 and main["tasks"]["one"]["b"]["failed"] == ["seed 4: diverged: broke"]
     assert main["contrasts"][0]["n_seeds"] == 5 and main["verdicts"]["claim"]["finding"] == "not shown"
     assert {"value", "low", "high"} <= set(arm["levels"][0]["metrics"]["preference_margin"])
-    page = (tmp_path / "results.md").read_text(encoding="utf-8")
+    page = (tmp_path / "main.md").read_text(encoding="utf-8")
     for text in ("A beats B.", "broke", "one.c.s0.t0", "## Task one", "### At level 4", "random_k in 1", "`abc`"):
         assert text in page
     for line in page.splitlines():

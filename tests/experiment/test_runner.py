@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from small_experiment import write_experiment
 
 from u2a.cli import main
@@ -117,6 +118,27 @@ def test_failed_cells_are_saved_and_listed(whole: Path, capsys: pytest.CaptureFi
     assert any(re.match(r"tiny.wild.s0.t0 +diverged +\d+ s NonFiniteError", line) for line in lines)
     assert any(re.match(r"tiny.blind.s0.t0 +failed +\d+ s ConfigError: rewards of candidates", line) for line in lines)
     assert lines[-1] == "6 cells: 4 ok, 1 diverged, 1 failed"
+
+
+def test_tables_are_written_without_running_anything(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "run_cell", lambda *_: pytest.fail("a cell was run"))
+    path = changed_seeds(whole / "protocol.yaml", tmp_path / "more.yaml", [0, 1])
+    assert main(["experiment", str(path), "--tables", "--out", str(tmp_path / "tables")]) == 0
+    assert str(tmp_path / "tables" / "main.md") in capsys.readouterr().out
+    found = json.loads((tmp_path / "tables" / "main.json").read_text())
+    assert found["tasks"]["tiny"]["chance"]["n_seeds"] == 1
+    assert "tiny.chance.s1" in found["missing"] and not any(name.endswith(".s0") for name in found["missing"])
+
+
+def changed_seeds(path: Path, other: Path, seeds: list[int]) -> Path:
+    tree = yaml.safe_load(path.read_text())
+    tree["seeds"] = seeds
+    for task in tree["tasks"].values():
+        task["config"] = str(path.parent / task["config"])
+    other.write_text(yaml.safe_dump(tree))
+    return other
 
 
 def test_what_is_done_is_not_run_again_unless_failed_and_asked_for(

@@ -1,4 +1,4 @@
-"""Files of an experiment's results: ``main.json`` for scripts, ``results.md`` for people, and the figures."""
+"""Files of an experiment's results: ``main.json`` for scripts, ``main.md`` for people, and the figures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_results(
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "main.json", folder / "results.md"]
+    files = [folder / "main.json", folder / "main.md"]
     write_whole(files[0], json.dumps(document(protocol, found, verdicts), indent=1, allow_nan=False) + "\n")
     parts = [*_head(protocol, found), *_statements(verdicts)]
     for name, task in found.tasks.items():
@@ -230,7 +230,7 @@ def _figures(protocol: Protocol, name: str, task: TaskFigures, folder: Path) -> 
         frame = Frame(f"{name}: {COLUMNS[metric]}", "budget (passes over all candidates)", metric.replace("_", " "))
         chart = xy_chart(frame, series, whole=False)
         if chart:
-            files.append(folder / f"{name}-{metric}.svg")
+            files.append(folder / f"main-{name}-{metric}.svg")
             save_figure(chart, files[-1])
     unit = task.unit_flops or math.nan
     cost = [
@@ -241,7 +241,7 @@ def _figures(protocol: Protocol, name: str, task: TaskFigures, folder: Path) -> 
     ]
     chart = bar_chart(f"{name}: compute by phase", cost, "passes")
     if chart:
-        files.append(folder / f"{name}-cost.svg")
+        files.append(folder / f"main-{name}-cost.svg")
         save_figure(chart, files[-1])
     return files
 
