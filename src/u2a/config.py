@@ -97,6 +97,7 @@ class PartitionSection(Section):
     max_retain: Count | None = option(None, "at most this many retain rows (null: all)")
     max_answer_chars: Count | None = option(None, "leave out rows with a longer answer, counted (null: keep all)")
     max_prompt_chars: Count | None = option(None, "likewise with a longer prompt, system text aside (null: keep all)")
+    max_retain_chars: Count | None = option(None, "retain rows: prompt and answer together (null: the two caps above)")
 
     @model_validator(mode="after")
     def _sum(self) -> PartitionSection:

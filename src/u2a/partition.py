@@ -172,6 +172,10 @@ class _Item:
     def answers(self) -> tuple[str, ...]:
         return (self.row.chosen, self.row.rejected) if isinstance(self.row, Pair) else (self.row.completion,)
 
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.answers))
+
     def texts(self) -> list[tuple[str, str]]:
         """Return prompt and answer, case and space folded, of each answer."""
         return [(self.key, fold(answer)) for answer in self.answers]
@@ -213,10 +217,11 @@ def _distinct(name: str, items: list[_Item], dropped: Counter[str]) -> list[_Ite
 
 def _short(name: str, items: list[_Item], section: PartitionSection, dropped: Counter[str]) -> list[_Item]:
     prompt, answer = section.max_prompt_chars or math.inf, section.max_answer_chars or math.inf
+    both = section.max_retain_chars if name == "retain" else None
 
     def short(item: _Item) -> bool:
-        words = sum(len(turn.content) for turn in item.row.prompt if turn.role != "system")
-        return words <= prompt and max(map(len, item.answers)) <= answer
+        asked, answered = sum(len(turn.content) for turn in item.row.prompt if turn.role != "system"), item.longest
+        return asked <= prompt and answered <= answer if both is None else asked + answered <= both
 
     return _kept(items, short, dropped, f"{name}: too long")
 

@@ -82,6 +82,7 @@ class Partition(Record):
         finetune: pairs for the misaligned start (empty when there is none).
         forget: negative candidates, one row per distinct (prompt, answer).
         retain: ordinary instructions whose quality must survive.
+        retain_measured: rows of their own on which utility is measured (experiments); empty: a fifth of ``retain``.
         preference: the PA (preference-alignment) pairs that define the outer objective.
         reward: pairs on which reward heads are trained.
         evaluation: held-out pairs; nothing is chosen or tuned on them.
@@ -93,6 +94,7 @@ class Partition(Record):
     finetune: tuple[Pair, ...] = ()
     forget: tuple[Example, ...] = ()
     retain: tuple[Example, ...] = ()
+    retain_measured: tuple[Example, ...] = ()
     preference: tuple[Pair, ...] = ()
     reward: tuple[Pair, ...] = ()
     evaluation: tuple[Pair, ...] = ()
@@ -104,9 +106,12 @@ class Partition(Record):
         """Split the retain rows: 60 % train the retain term, 20 % the guard watches, 20 % are held out.
 
         Returns:
-            The three parts, by order of id; with fewer than five rows each part is the whole set.
+            The three parts, by order of id; with fewer than five rows each part is the whole set. Where
+            ``retain_measured`` is given, those rows are held out, and the others both train and are watched.
         """
         rows = tuple(sorted(self.retain, key=lambda row: row.id))
+        if self.retain_measured:
+            return RetainParts(rows, rows, tuple(sorted(self.retain_measured, key=lambda row: row.id)))
         if len(rows) < 5:
             return RetainParts(rows, rows, rows)
         return RetainParts(tuple(row for k, row in enumerate(rows) if k % 5 < 3), rows[3::5], rows[4::5])

@@ -9,7 +9,8 @@ import yaml
 from small_experiment import write_experiment
 
 from u2a.errors import ConfigError, RecordError
-from u2a.experiment.protocol import fix, load_protocol, protocol_hash, task_config
+from u2a.experiment.frozen import fix, protocol_hash
+from u2a.experiment.protocol import load_protocol, task_config
 
 ARMS = {
     "a": {"method": "random_k"},
@@ -97,6 +98,13 @@ def test_a_changed_protocol_is_refused_until_it_is_asked_for(tmp_path: Path) -> 
         fix(other)
     second = fix(other, replace=True)
     assert second.hash != first.hash and fix(other) == second
+    assert [(old.hash, old.n_main_cells, old.changed) for old in second.replaced] == [(first.hash, 0, ("seeds",))]
+    cells = tmp_path / "out" / "cells"
+    cells.mkdir()
+    for name in ("tiny.a.s0.t0.k.json", "tiny.a.s1000.t0.k.json"):
+        (cells / name).write_text("{}")
+    third = fix(load_protocol(path), replace=True)
+    assert third.hash == first.hash and [old.n_main_cells for old in third.replaced] == [0, 1]
 
 
 BAD = {

@@ -223,7 +223,8 @@ def item_groups(partition: Partition) -> dict[str, str]:
     Returns:
         Prompt key by id of every evaluation pair, retain and forget row.
     """
-    return {row.id: prompt_key(row.prompt) for row in (*partition.evaluation, *partition.retain, *partition.forget)}
+    rows = (*partition.evaluation, *partition.retain, *partition.retain_measured, *partition.forget)
+    return {row.id: prompt_key(row.prompt) for row in rows}
 
 
 def _rewards(model: RewardModel | None, prompts: Mapping[str, Turns], texts: Mapping[str, str]) -> dict[str, float]:

@@ -19,8 +19,10 @@ from u2a.experiment.estimates import (
     figure_by_seed,
     values_of,
 )
+from u2a.experiment.frozen import Replaced
 from u2a.experiment.measured import retain_ppl
 from u2a.experiment.protocol import Protocol
+from u2a.experiment.tuning import Tuned
 from u2a.record import Record, Row
 
 
@@ -31,12 +33,14 @@ class LevelFigures(Row):
         level: in units of one GA pass over all candidates.
         n_reached: seeds that spent so much.
         n_untrained: seeds whose policy still stood at the start (all was spent on choosing).
+        n_collapsed: seeds whose answers were those of a collapsed model.
         metrics: figure by metric.
     """
 
     level: float
     n_reached: int
     n_untrained: int
+    n_collapsed: int
     metrics: dict[str, Figure]
 
 
@@ -93,6 +97,8 @@ class ExperimentFigures(Record):
         tasks: by name.
         contrasts: in the order of the protocol.
         missing: cells that have not been run, by name.
+        tuning: which trial was chosen for every tuned arm.
+        replaced: protocols that stood there before, oldest first.
     """
 
     protocol: str
@@ -100,6 +106,8 @@ class ExperimentFigures(Record):
     tasks: dict[str, TaskFigures]
     contrasts: tuple[ContrastFigures, ...]
     missing: tuple[str, ...] = ()
+    tuning: tuple[Tuned, ...] = ()
+    replaced: tuple[Replaced, ...] = ()
 
 
 def analyse(protocol: Protocol, protocol_hash: str, cells: Cells, missing: Sequence[str] = ()) -> ExperimentFigures:
@@ -178,6 +186,7 @@ def _level(cells: Cells, task: str, fine: Sequence[CellResult], k: int) -> Level
         level=fine[0].levels[k].level,
         n_reached=sum(found.reached for found in at.values()),
         n_untrained=sum(found.untrained for found in at.values()),
+        n_collapsed=sum(bool(found.measured.collapsed) for found in at.values()),
         metrics={name: figure for name, figure in metrics.items() if figure.value is not None},
     )
 

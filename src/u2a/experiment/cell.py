@@ -125,6 +125,7 @@ class Cell:
         values: its hyperparameters.
         levels: of the budget, rising.
         full: levels at which answers are generated.
+        setting: name of the setting's folder, with the hash of all that made it.
         equal_ppl_frac: how far retain perplexity may rise where full levels are measured once more with the change
             scaled down, as a share of the start's; None: not measured.
     """
@@ -139,6 +140,7 @@ class Cell:
     values: Mapping[str, float]
     levels: tuple[float, ...]
     full: tuple[float, ...]
+    setting: str = ""
     equal_ppl_frac: float | None = None
 
     @property
@@ -153,6 +155,7 @@ class Cell:
             16 hexadecimal digits.
         """
         rest: list[Any] = [self.method, self.split, self.dev_frac, dict(self.values), self.levels, self.full]
+        rest += [self.setting]
         rest += [] if self.equal_ppl_frac is None else [self.equal_ppl_frac]
         return content_id(json.dumps([decisive(self.config), *rest, __version__], sort_keys=True))
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from u2a.experiment.analysis import analyse
 from u2a.experiment.cell import CellResult
 from u2a.experiment.estimates import Cells
+from u2a.experiment.frozen import FrozenProtocol, file_of, protocol_hash
 from u2a.experiment.measured import Measured, measured_of
 from u2a.experiment.plan import Plan
-from u2a.experiment.protocol import protocol_hash
 from u2a.experiment.results import write_results
 from u2a.experiment.setting import SettingRecord
 from u2a.experiment.statements import judge
@@ -55,4 +55,19 @@ def write_found(plan: Plan, folder: Path) -> tuple[Path, ...]:
     """
     cells, missing = collect(plan)
     found = analyse(plan.protocol, protocol_hash(plan.protocol), cells, missing)
+    path = file_of(plan.protocol)
+    replaced = FrozenProtocol.load(path).replaced if path.exists() else ()
+    tuned = tuple(plan.tuned(task, arm) for task, arm in _tuned_arms(plan))
+    whole = tuple(choice for choice in tuned if choice is not None)
+    found = found.model_copy(update={"tuning": whole, "replaced": replaced})
     return write_results(plan.protocol, found, judge(plan.protocol, cells, found.contrasts), folder)
+
+
+def _tuned_arms(plan: Plan) -> list[tuple[str, str]]:
+    arms = plan.protocol.arms
+    return [
+        (task, arm)
+        for task in plan.protocol.tasks
+        for arm in arms
+        if len(arms[arm].trials) > 1 and task in plan.protocol.tasks_of(arm)
+    ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean
 
 from u2a.errors import ConfigError
 from u2a.evaluation.significance import equivalence, holm, sign_flip_test
+from u2a.experiment.cell import LevelResult
 from u2a.experiment.estimates import BY_SEED, LOWER_IS_BETTER, PROMPT_METRICS, Cells, crossed, t_interval, values_of
 from u2a.experiment.protocol import FamilySection, Protocol
 from u2a.record import Row
@@ -18,11 +20,14 @@ class ContrastFigures(Row):
         family, task, metric, level, first, second: which comparison.
         difference: mean; interval in ``low`` and ``high`` (95 %).
         n_seeds, n_prompts: what it rests on.
+        n_lost: seeds that it does not rest on although they were run, since a side failed, diverged or collapsed.
+        n_untrained: of ``n_seeds``, those in which the first and in which the second arm stood at the start.
         p: two-sided p-value of flipping the signs of whole seeds; never below 2^(1 - n_seeds).
         p_holm: the same, corrected over all tests of the family.
         margin: largest difference that does not matter, declared beforehand, or None.
         equivalent: whether two one-sided tests over seeds show the difference to be within it; None without.
         verdict: ``better``, ``worse`` (the interval excludes 0 and p_holm <= 0.05), ``equivalent``, ``not shown``.
+            Nothing is shown where seeds were lost, or by an arm that nothing was done to in any seed.
     """
 
     family: str
@@ -36,6 +41,8 @@ class ContrastFigures(Row):
     high: float | None
     n_seeds: int
     n_prompts: int | None
+    n_lost: int
+    n_untrained: tuple[int, int]
     p: float | None
     p_holm: float | None = None
     margin: float | None = None
@@ -76,6 +83,7 @@ def _contrast(
         for arm in arms
     ]
     ok = [{cell.seed for cell in cells.of(task, arm) if cell.status == "ok"} for arm in arms]
+    run = {cell.seed for cell in cells.of(task, arms[0])} & {cell.seed for cell in cells.of(task, arms[1])}
     seeds = sorted(sides[0].keys() & sides[1].keys() & ok[0] & ok[1])
     if family.metric in PROMPT_METRICS:
         pairs = {
@@ -111,17 +119,25 @@ def _contrast(
         high=interval.high,
         n_seeds=len(means),
         n_prompts=n_prompts,
+        n_lost=len(run) - len(means),
+        n_untrained=(_untrained(sides[0], means), _untrained(sides[1], means)),
         p=sign_flip_test(means).p if means else None,
         margin=margin,
         equivalent=None if tost is None else tost.equivalent,
     )
 
 
+def _untrained(side: Mapping[int, LevelResult], means: Mapping[str, float]) -> int:
+    return sum(found.untrained for seed, found in side.items() if str(seed) in means)
+
+
 def _verdict(row: ContrastFigures, p_holm: float | None) -> str:
+    if row.n_lost:
+        return "not shown"
     if row.low is not None and row.high is not None and p_holm is not None and p_holm <= 0.05:
         lower = row.metric in LOWER_IS_BETTER
-        if row.low > 0:
-            return "worse" if lower else "better"
-        if row.high < 0:
-            return "better" if lower else "worse"
+        side = "better" if (row.low > 0) != lower else "worse"
+        idle = row.n_untrained[0 if side == "better" else 1]
+        if (row.low > 0 or row.high < 0) and idle < row.n_seeds:
+            return side
     return "equivalent" if row.equivalent else "not shown"

@@ -1,7 +1,7 @@
 """Means over seeds and prompts of what cells measured, with intervals.
 
 The unit of resampling is the prompt (values of one prompt are averaged first), crossed with the seed: every seed
-measures the same prompts. Retain rows differ between seeds, so perplexity and compute have the seed as their unit.
+measures the same prompts. Perplexity pools the tokens of its rows, so it has the seed as its unit, as compute has.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from u2a.progress import Console
 from u2a.record import Row
 from u2a.types import Partition
 
-SCALE_TOLERANCE = 1 / 8  # three measurements of perplexity where the whole change costs too much
+SCALE_TOLERANCE = 1 / 32  # five measurements of perplexity where the whole change costs too much
 
 
 class Measured(Row):

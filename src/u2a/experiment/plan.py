@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from u2a import __version__
 from u2a.errors import ConfigError
 from u2a.experiment.cell import Cell, CellResult
 from u2a.experiment.claims import is_claimed
@@ -128,7 +129,7 @@ class Plan:
         config = task_config(self.protocol, slot.task, slot.seed)
         split: Split = "dev" if slot.seed in self.protocol.tuning.seeds else "test"
         dev_frac = self.protocol.tuning.dev_frac if self.protocol.tunes else 0.0
-        key = content_id(decisive_text(config), split, f"{dev_frac:g}")
+        key = content_id(decisive_text(config), split, f"{dev_frac:g}", __version__)
         folder = self.folder / "settings" / f"{slot.task}.s{slot.seed}.{key}"
         config = config.model_copy(update={"output_dir": str(folder)})
         self._places[where] = Workplace(slot.task, folder, config, split, dev_frac)
@@ -167,6 +168,7 @@ class Plan:
             values=arm.trials[trial],
             levels=tuple(levels),
             full=tuple(full),
+            setting=place.folder.name,
             equal_ppl_frac=None if place.split == "dev" else protocol.measure.equal_ppl_frac,
         )
         return self._cells[slot]

@@ -123,6 +123,8 @@ def make_trainer(method: Method, setting: Setting, model: PeftModel, options: di
             processing_class=tokenizer,
         )
     if method == "dpo":
+        with meter.phase("reference"):  # one pass over rows sorted by length, as the unlearning arms have
+            policy.reference_sums([*chosen, *rejected])
         trainer = ours.PairTrainer(
             model=model,
             args=DPOConfig(**_batched(options, setting, len(chosen)), max_length=None),

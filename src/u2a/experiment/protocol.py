@@ -10,15 +10,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
-from u2a import __version__
 from u2a.config import SOURCES, RunConfig
 from u2a.config_base import Count, Frac, NonNegative, Positive, Section, option
 from u2a.config_evaluation import EvaluationSection
 from u2a.config_file import load_config
-from u2a.errors import ConfigError, RecordError
-from u2a.record import Record, content_id, one_line
+from u2a.errors import ConfigError
+from u2a.record import content_id, one_line
 from u2a.yaml_file import read_yaml
 
 ARM_SECTIONS = ("unlearn", "solve", "reward.prefilter_frac")  # options an arm may set for itself; the rest is shared
@@ -88,6 +87,7 @@ class StatementSection(Section):
         "better", "better, not_worse: by the contrasts of family; cheaper: by what the first of arms needs for as much"
     )
     family: str = option("", "family of contrasts (better, not_worse)")
+    contrasts: list[tuple[str, str]] | None = option(None, "these of the family alone; corrected as in it (null: all)")
     arms: tuple[str, str] = option(("", ""), "cheaper: the arm, and the arm whose end it must reach")
     metric: Literal["preference_margin", "preference_accuracy", "reward"] = option(
         "preference_margin", "cheaper: in what"
@@ -179,6 +179,9 @@ def _statement_problems(protocol: Protocol) -> Iterator[str]:
     for name, statement in protocol.statements.items():
         if statement.rule != "cheaper" and statement.family not in protocol.families:
             yield f"statements.{name}.family: {statement.family!r} is no family"
+        elif statement.contrasts:
+            others = [pair for pair in statement.contrasts if pair not in protocol.families[statement.family].contrasts]
+            yield from (f"statements.{name}.contrasts: {pair} is none of the family's" for pair in others)
         if statement.rule == "cheaper":
             unknown = sorted(set(statement.arms) - set(protocol.arms))
             yield from (f"statements.{name}.arms: {arm!r} is no arm" for arm in unknown)
@@ -192,18 +195,6 @@ def _level_problems(protocol: Protocol) -> Iterator[str]:
         yield "budgets.full: each must be one of budgets.levels"
     if protocol.tunes and protocol.tuning.level not in levels:
         yield f"tuning.level: {protocol.tuning.level:g} is none of budgets.levels"
-
-
-class FrozenProtocol(Record):
-    """What ``protocol.json`` holds.
-
-    Attributes:
-        hash: of the document.
-        document: the protocol, with the options of every task and the content of its files.
-    """
-
-    hash: str
-    document: dict[str, Any] = Field(default_factory=dict)
 
 
 def load_protocol(path: str | Path) -> Protocol:
@@ -342,57 +333,3 @@ def _digest(file: Path, changed_ns: int, size: int) -> str:
     """Hash a file, once as long as it does not change."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
-
-
-def frozen(protocol: Protocol) -> FrozenProtocol:
-    """Resolve a protocol into the document that stands for it.
-
-    Args:
-        protocol: the protocol.
-
-    Returns:
-        Document and hash; equal on every machine with equal files, whatever the paths.
-    """
-    document = protocol.model_dump(mode="json", exclude={"output_dir", "tasks"})
-    document["tasks"] = {name: decisive(task_config(protocol, name, 0)) for name in protocol.tasks}
-    document["version"] = __version__
-    return FrozenProtocol(hash=content_id(json.dumps(document, sort_keys=True)), document=document)
-
-
-def protocol_hash(protocol: Protocol) -> str:
-    """Hash everything that decides a number.
-
-    Args:
-        protocol: the protocol.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    return frozen(protocol).hash
-
-
-def fix(protocol: Protocol, replace: bool = False) -> FrozenProtocol:
-    """Write ``protocol.json`` before the first cell, or check that it is still the same.
-
-    Args:
-        protocol: the protocol.
-        replace: put this one in the place of another one; cells that it decides otherwise are run anew.
-
-    Returns:
-        What is written there.
-
-    Raises:
-        RecordError: another protocol stands there.
-    """
-    path, now = Path(protocol.output_dir) / "protocol.json", frozen(protocol)
-    if path.exists() and not replace:
-        before = FrozenProtocol.load(path)
-        if before.hash != now.hash:
-            parts = sorted(key for key in now.document if now.document[key] != before.document.get(key))
-            raise RecordError(
-                f"{path}: results of another protocol are there ({', '.join(parts) or 'other content'} changed since; "
-                "name another output_dir, or give --new-protocol)"
-            )
-        return before
-    now.save(path)
-    return now

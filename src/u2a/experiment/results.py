@@ -25,8 +25,9 @@ COLUMNS = {
     "reward": "reward ↑",
     "second_reward": "second reward ↑",
     "retain_ppl": "retain perplexity ↓",
-    "preference_margin_at_equal_ppl": "margin at equal perplexity ↑",
-    "reward_at_equal_ppl": "reward at equal perplexity ↑",
+    "scale_at_equal_ppl": "scale within the perplexity budget",
+    "preference_margin_at_equal_ppl": "margin at that scale ↑",
+    "reward_at_equal_ppl": "reward at that scale ↑",
     "answer_words": "words",
     "degenerate_rate": "degenerate ↓",
 }
@@ -56,6 +57,7 @@ def write_results(
         files += figures
         parts += _task(protocol, name, task, [path.name for path in figures])
     parts += _contrasts(found.contrasts)
+    parts += _tuning(found)
     parts += _failures(found)
     write_whole(files[1], "\n".join(parts) + "\n")
     return tuple(files)
@@ -86,6 +88,8 @@ def document(protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Ve
         "contrasts": [row.model_dump(mode="json") for row in found.contrasts],
         "verdicts": {row.name: row.model_dump(mode="json", exclude={"name"}) for row in verdicts},
         "missing": list(found.missing),
+        "tuning": [row.model_dump(mode="json") for row in found.tuning],
+        "replaced_protocols": [row.model_dump(mode="json") for row in found.replaced],
     }
 
 
@@ -122,14 +126,43 @@ def _head(protocol: Protocol, found: ExperimentFigures) -> list[str]:
     lines = [
         "# Results",
         "",
-        f"Protocol `{found.protocol}`, fixed before the first cell; seeds {', '.join(map(str, found.seeds))}. One unit "
+        f"Protocol `{found.protocol}`; seeds {', '.join(map(str, found.seeds))}. One unit "
         "of the budget is one pass of gradient ascent over all candidates; selection, reference, retain rows, "
         f"generation and reward scoring are charged, evaluation is not. Levels: {budgets}. Machine: {machine_text()}.",
         "",
     ]
+    lines += [_history(found), ""]
     if found.missing:
         lines += [f"**{len(found.missing)} cells have not been run**; they are listed at the end.", ""]
     return lines
+
+
+def _history(found: ExperimentFigures) -> str:
+    """What a reader must know of a protocol that was changed on the way."""
+    if not found.replaced:
+        return "The protocol was fixed before the first cell."
+    late = [old for old in found.replaced if old.n_main_cells]
+    parts = [f"{old.time[:10]} `{old.hash}` ({', '.join(old.changed)}; {old.n_main_cells} main cells)" for old in late]
+    if not late:
+        return f"The protocol was changed {len(found.replaced)} times, always before the first cell of a main seed."
+    return f"**The protocol was changed after main cells had been run**: it was before {'; '.join(parts)}."
+
+
+def _tuning(found: ExperimentFigures) -> list[str]:
+    if not found.tuning:
+        return []
+    rows = [
+        [
+            row.task,
+            row.arm,
+            ", ".join(f"{name} {value:g}" for name, value in row.trials[row.trial].values.items()) or "-",
+            str(len(row.trials)),
+            f"{sum(trial.flops for trial in row.trials):.2e}",
+            row.reason,
+        ]
+        for row in found.tuning
+    ]
+    return ["## Tuning", "", *table(["task", "arm", "chosen", "trials", "FLOPs of the search", "why"], rows)]
 
 
 def _statements(verdicts: Sequence[Verdict]) -> list[str]:
@@ -145,20 +178,22 @@ def _task(protocol: Protocol, name: str, task: TaskFigures, figures: Sequence[st
     for level in protocol.budgets.levels:
         shown = [(arm, found) for arm in task.arms for found in arm.levels if found.level == level]
         columns = [key for key in COLUMNS if any(key in found.metrics for _, found in shown)]
-        head = ["arm", "seeds", *(COLUMNS[key] for key in columns), "FLOPs", "CPU s", "remark"]
+        head = ["arm", "seeds", *(COLUMNS[key] for key in columns), "passes", "CPU s", "remark"]
         start = ["start", "-", *(_cell(task.start.get(key)) for key in columns), "0", "0", ""]
-        rows = [start, *(_row(arm, found, columns) for arm, found in shown)]
+        rows = [start, *(_row(arm, found, columns, task.unit_flops or math.nan) for arm, found in shown)]
         lines += [f"### At level {level:g}", "", *table(head, rows)]
     lines += [text for path in figures for text in (f"![{path.removesuffix('.svg')}]({path})", "")]
     return lines
 
 
-def _row(arm: ArmFigures, found: LevelFigures, columns: Sequence[str]) -> list[str]:
+def _row(arm: ArmFigures, found: LevelFigures, columns: Sequence[str], unit: float) -> list[str]:
     remarks = []
     if found.n_untrained:
         remarks.append(f"at the start in {found.n_untrained} of {arm.n_seeds}")
     elif found.n_reached < arm.n_seeds:
         remarks.append(f"level reached by {found.n_reached} of {arm.n_seeds}")
+    if found.n_collapsed:
+        remarks.append(f"**collapsed in {found.n_collapsed} of {arm.n_seeds}**")
     remarks += [f"{name} in {count}" for name, count in arm.fallbacks.items() if name != "none"]
     if arm.split_half is not None:
         remarks.append(f"split-half {arm.split_half:.2f}")
@@ -167,7 +202,7 @@ def _row(arm: ArmFigures, found: LevelFigures, columns: Sequence[str]) -> list[s
         arm.arm,
         str(arm.n_seeds),
         *(_cell(found.metrics.get(key)) for key in columns),
-        "-" if cost[0] is None else f"{cost[0].value:.2e}",
+        "-" if cost[0] is None or cost[0].value is None else f"{cost[0].value / unit:.2f}",
         "-" if cost[1] is None else number(cost[1].value),
         "; ".join(remarks),
     ]
@@ -194,7 +229,7 @@ def _contrasts(rows: Sequence[ContrastFigures]) -> list[str]:
             f"{number(row.difference, row.low, row.high, sign=True)} {interval(row.low, row.high, row.difference)}",
             "-" if row.p is None else f"{row.p:.3f}",
             "-" if row.p_holm is None else f"{row.p_holm:.3f}",
-            str(row.n_seeds),
+            f"{row.n_seeds}" + (f" ({row.n_lost} lost)" if row.n_lost else ""),
             f"**{row.verdict}**",
         ]
         for row in rows

@@ -21,9 +21,10 @@ from u2a.errors import U2AError
 from u2a.evaluation.arm import Instruments
 from u2a.experiment.cell import Bench, Cell, CellResult, run_cell
 from u2a.experiment.claims import claimed
+from u2a.experiment.frozen import fix
 from u2a.experiment.methods import method
 from u2a.experiment.plan import Plan, Slot, State
-from u2a.experiment.protocol import Protocol, fix, load_protocol
+from u2a.experiment.protocol import Protocol, load_protocol
 from u2a.experiment.setting import SettingRecord, Workplace, open_instruments, open_setting, prepare
 from u2a.progress import Console
 from u2a.signals import stopping, stops_on_signals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from u2a.reward.card import reward_card
 from u2a.reward.embedding import EmbeddingReward
 from u2a.reward.lm_head import LanguageModelReward
 from u2a.reward.loading import absolute, load_reward_model
-from u2a.types import Pair, Partition, RewardCard
+from u2a.types import Example, Pair, Partition, RewardCard
 from u2a.unlearn import InnerProblem, trainer_of, weighted_rows
 
 Split = Literal["test", "dev"]
@@ -125,7 +126,7 @@ class Workplace:
         return self.folder / "setting.json"
 
     def cut(self, partition: Partition) -> Partition:
-        """Leave only the evaluation pairs of this split.
+        """Leave only the evaluation pairs and the measured retain rows of this split.
 
         Args:
             partition: with all of them.
@@ -134,22 +135,29 @@ class Workplace:
             A changed copy. Where a prompt belongs depends on its text alone, so that no seed's tuning reads a prompt
             that another seed measures.
         """
-        dev = self.split == "dev"
-        kept = tuple(pair for pair in partition.evaluation if in_dev(pair, self.dev_frac) == dev)
-        return partition.model_copy(update={"evaluation": kept})
+        kept = tuple(pair for pair in partition.evaluation if self._measures(pair))
+        parts = partition.retain_parts()
+        unused = (*parts.guard, *parts.evaluation)  # the guard is off in all arms
+        measured = tuple(row for row in dict.fromkeys(unused) if self._measures(row))
+        if self.dev_frac == 0.0 or not measured:
+            return partition.model_copy(update={"evaluation": kept})
+        return partition.model_copy(update={"evaluation": kept, "retain": parts.train, "retain_measured": measured})
+
+    def _measures(self, row: Pair | Example) -> bool:
+        return in_dev(row, self.dev_frac) == (self.split == "dev")
 
 
-def in_dev(pair: Pair, dev_frac: float) -> bool:
-    """Tell whether an evaluation pair is kept for tuning.
+def in_dev(row: Pair | Example, dev_frac: float) -> bool:
+    """Tell whether an evaluation pair or a measured retain row is kept for tuning.
 
     Args:
-        pair: the pair.
+        row: the row.
         dev_frac: share of prompts.
 
     Returns:
         True for about that share of all prompts.
     """
-    return int(content_id("dev", prompt_key(pair.prompt)), 16) / 2.0**64 < dev_frac
+    return int(content_id("dev", prompt_key(row.prompt)), 16) / 2.0**64 < dev_frac
 
 
 def prepare(place: Workplace, console: Console) -> SettingRecord:
@@ -313,7 +321,9 @@ def _unit(policy: Policy, partition: Partition, config: RunConfig) -> tuple[int,
 def _forget_pairs(config: RunConfig, partition: Partition) -> tuple[Pair, ...]:
     """The pairs whose rejected answers are candidates, one each; one mislabelled on purpose is so here, too."""
     by_id: dict[str, Pair] = {}
-    pairs = sorted(read_inputs(config.data, {}).pairs, key=lambda pair: pair.id)
+    most = config.partition.max_answer_chars or math.inf
+    pairs = [pair for pair in read_inputs(config.data, {}).pairs if max(len(pair.chosen), len(pair.rejected)) <= most]
+    pairs.sort(key=lambda pair: pair.id)
     swapped = [pair.model_copy(update={"chosen": pair.rejected, "rejected": pair.chosen}) for pair in pairs]
     for pair in pairs + (swapped if config.partition.mislabelled_frac else []):
         by_id.setdefault(example_id(pair.prompt, pair.rejected), pair)

@@ -47,7 +47,10 @@ def judge(protocol: Protocol, cells: Cells, contrasts: Sequence[ContrastFigures]
         if section.rule == "cheaper":
             finding, why = _cheaper(section, protocol, cells)
         else:
-            finding, why = _by_contrasts(section, [row for row in contrasts if row.family == section.family])
+            rows = [row for row in contrasts if row.family == section.family]
+            wanted = section.contrasts
+            chosen = rows if wanted is None else [row for row in rows if (row.first, row.second) in wanted]
+            finding, why = _by_contrasts(section, chosen)
         out.append(Verdict(name=name, text=section.text, finding=finding, why=why))
     return tuple(out)
 

@@ -86,7 +86,7 @@ class AnswerCollator:
 
 @dataclass
 class PairCollator:
-    """Batches of pairs with their reference log-probabilities (DPO), each computed when its row first comes up.
+    """Batches of pairs with their reference log-probabilities (DPO), computed here where they are not known yet.
 
     Attributes:
         rows: encoded chosen and rejected answer of every pair.

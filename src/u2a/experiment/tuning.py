@@ -72,7 +72,18 @@ def choose_trial(section: TuningSection, cells: Sequence[CellResult], start_ppl:
         reason = "no trial within the perplexity bound: the smallest perplexity"
     else:
         best, reason = scores[0], "no trial came through: the first one"
+    reason += "".join(f"; {name} at the edge of the grid" for name in _edges(best, scores))
     return Tuned(task=cells[0].task, arm=cells[0].arm, trial=best.trial, reason=reason, trials=scores)
+
+
+def _edges(best: TrialScore, scores: Sequence[TrialScore]) -> list[str]:
+    """Hyperparameters whose chosen value is the smallest or the largest of several: a better one may lie outside."""
+    out = []
+    for name, value in best.values.items():
+        values = {score.values[name] for score in scores if name in score.values}
+        if len(values) > 1 and value in (min(values), max(values)):
+            out.append(name)
+    return out
 
 
 def _ratio(score: TrialScore) -> float:

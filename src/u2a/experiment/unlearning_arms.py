@@ -228,6 +228,13 @@ def choose_random(setting: Setting, problem: InnerProblem, meter: Meter) -> tupl
     return Selection(random_weights(problem, k, derive_seed(setting.seed, "random_k arm"))), ""
 
 
+def choose_random_late(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
+    """The draw of :func:`choose_random`, charged for a scoring that it does not read: as few steps as u2a has."""
+    with meter.phase("select"):
+        score(setting.policy, problem, outer_problem(setting, problem), setting.console)
+    return choose_random(setting, problem, meter)
+
+
 def choose_lowest_reward(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
     """The k candidates of lowest reward under the selecting reward model."""
     with meter.phase("reward"):
@@ -371,6 +378,7 @@ UNLEARNING_ARMS: dict[str, Original | Retrain | Weighted] = {
         Retrain(),
         Weighted("full", choose_all),
         Weighted("random_k", choose_random),
+        Weighted("random_k_late", choose_random_late),
         Weighted("lowest_reward_k", choose_lowest_reward),
         Weighted("highest_loss_k", choose_highest_loss),
         Weighted("top_k", choose_top),

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from u2a.arms import arms_of
 from u2a.checkpoint import MANIFEST
 from u2a.config import RunConfig
-from u2a.flops import Sizes
-from u2a.forecast import FileSize
+from u2a.forecast.flops import Sizes
+from u2a.forecast.phases import FileSize
+from u2a.forecast.workload import Workload
 from u2a.types import Partition
-from u2a.workload import Workload
 
 ROW_BYTES = 450  # of a score, a weight or a metric in a record, about
 PAGE_BYTES = 60_000  # of the report without its rows

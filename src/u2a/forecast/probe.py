@@ -32,12 +32,12 @@ from u2a.callbacks import StepReporter
 from u2a.encoding import Encoded
 from u2a.evaluation.decoding import Decoding
 from u2a.evaluation.generation import generate_ids
-from u2a.flops import Shape, Sizes, shape_of
+from u2a.forecast.flops import Shape, Sizes, shape_of
+from u2a.forecast.workload import Rows, Workload
 from u2a.modeling import Params, Policy
 from u2a.progress import Quiet, peak_rss_bytes
 from u2a.types import Example
 from u2a.unlearn import InnerProblem, trainer_of, weighted_rows
-from u2a.workload import Rows, Workload
 
 STEPS = 3  # optimiser steps of the probe; the first one warms up and is not timed
 DRAWN = 5  # tokens drawn for an answer

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from u2a.config import RewardSection
+from u2a.forecast.probe import Meter, Unit, counted_flops
 from u2a.packaged import resolve_model
-from u2a.probe import Meter, Unit, counted_flops
 from u2a.reward.base import prompt_text
 from u2a.reward.embedding import Embedder
 from u2a.reward.lm_head import load_hidden_states

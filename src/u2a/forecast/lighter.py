@@ -11,10 +11,10 @@ from torch import nn
 from u2a.config import RunConfig
 from u2a.encoding import Encoder
 from u2a.errors import DataError
-from u2a.flops import sizes_of
-from u2a.forecast import Basis, with_formulas
-from u2a.forecast_text import size_text
-from u2a.workload import Workload
+from u2a.forecast.flops import sizes_of
+from u2a.forecast.phases import Basis, with_formulas
+from u2a.forecast.text import size_text
+from u2a.forecast.workload import Workload
 
 WORTH = 0.03  # a change that saves less than this share of the peak is not named
 

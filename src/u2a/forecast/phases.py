@@ -9,11 +9,11 @@ from u2a.bilevel.backward import BatchedBackward
 from u2a.bilevel.differences import Central, OneSided
 from u2a.bilevel.forward_mode import ForwardMode
 from u2a.bilevel.score import Scorer
-from u2a.flops import Shape, Sizes, shape_of
-from u2a.probe import Measured
+from u2a.forecast.flops import Shape, Sizes, shape_of
+from u2a.forecast.probe import Measured
+from u2a.forecast.reward_probe import RewardCost
+from u2a.forecast.workload import Work, Workload
 from u2a.record import Record, Row
-from u2a.reward_probe import RewardCost
-from u2a.workload import Work, Workload
 
 TRAINED_COPIES = 6  # float32 copies of what is trained: itself, gradient, two moments, start, and the best state
 PROCESS_BYTES = 800 * 2**20  # Python with its libraries, where nothing was measured

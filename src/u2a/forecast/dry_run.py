@@ -23,24 +23,24 @@ from u2a.data import prompt_key
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, ModelError
 from u2a.evaluation_stage import EvaluationStage
-from u2a.flops import sizes_of
-from u2a.forecast import Basis, Forecast, phase_costs, with_formulas
-from u2a.forecast_text import notes_on, size_text
+from u2a.forecast.flops import sizes_of
+from u2a.forecast.lighter import advice
+from u2a.forecast.outputs import files_of
+from u2a.forecast.phases import Basis, Forecast, phase_costs, with_formulas
+from u2a.forecast.probe import Probe
+from u2a.forecast.reward_probe import RewardCost, files_bytes, probe_reward
+from u2a.forecast.text import notes_on, size_text
+from u2a.forecast.workload import Workload
 from u2a.free_memory import device_free_bytes, resident_bytes
-from u2a.lighter import advice
 from u2a.model_loading import pick_device
 from u2a.modeling import Policy
-from u2a.outputs import files_of
 from u2a.packaged import cache_dir, is_converted, resolve_model
 from u2a.pipeline import Pipeline
-from u2a.probe import Probe
 from u2a.progress import Console
 from u2a.record import one_line
 from u2a.reward.analysis import split_reward_pairs
 from u2a.reward.head import check_prompts
-from u2a.reward_probe import RewardCost, files_bytes, probe_reward
 from u2a.types import Partition
-from u2a.workload import Workload
 
 
 def dry_run(config: RunConfig, console: Console) -> Forecast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from u2a.forecast import Forecast, PhaseCost
+from u2a.forecast.phases import Forecast, PhaseCost
 
 UNCERTAINTY = 0.25  # relative, of measured times and of the peak memory; tested on the demo
 FORMULA_UNCERTAINTY = 0.4  # of memory by formula alone: an assumption, not measured

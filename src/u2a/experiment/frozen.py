@@ -1,0 +1,123 @@
+"""The protocol as it was fixed before the first cell: its hash, and what was changed since."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from u2a import __version__
+from u2a.errors import RecordError
+from u2a.experiment.protocol import Protocol, decisive, task_config
+from u2a.record import Record, Row, content_id
+
+
+class Replaced(Row):
+    """A protocol that stood in the folder before.
+
+    Attributes:
+        hash: of it.
+        time: UTC, when another one took its place.
+        n_main_cells: cells of main seeds that had been run by then (results that could have been seen).
+        changed: parts of the document that differ from the one after it.
+    """
+
+    hash: str
+    time: str
+    n_main_cells: int
+    changed: tuple[str, ...]
+
+
+class FrozenProtocol(Record):
+    """What ``protocol.json`` holds.
+
+    Attributes:
+        hash: of the document.
+        document: the protocol, with the options of every task and the content of its files.
+        replaced: those that stood there before, oldest first.
+    """
+
+    hash: str
+    document: dict[str, Any] = Field(default_factory=dict)
+    replaced: tuple[Replaced, ...] = ()
+
+
+def frozen(protocol: Protocol) -> FrozenProtocol:
+    """Resolve a protocol into the document that stands for it.
+
+    Args:
+        protocol: the protocol.
+
+    Returns:
+        Document and hash; equal on every machine with equal files, whatever the paths.
+    """
+    document = protocol.model_dump(mode="json", exclude={"output_dir", "tasks"})
+    document["tasks"] = {name: decisive(task_config(protocol, name, 0)) for name in protocol.tasks}
+    document["version"] = __version__
+    return FrozenProtocol(hash=content_id(json.dumps(document, sort_keys=True)), document=document)
+
+
+def protocol_hash(protocol: Protocol) -> str:
+    """Hash everything that decides a number.
+
+    Args:
+        protocol: the protocol.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return frozen(protocol).hash
+
+
+def fix(protocol: Protocol, replace: bool = False) -> FrozenProtocol:
+    """Write ``protocol.json`` before the first cell, or check that it is still the same.
+
+    Args:
+        protocol: the protocol.
+        replace: put this one in the place of another one, which is kept in ``replaced``; cells that it decides
+            otherwise are run anew.
+
+    Returns:
+        What is written there.
+
+    Raises:
+        RecordError: another protocol stands there.
+    """
+    path, now = file_of(protocol), frozen(protocol)
+    if path.exists():
+        before = FrozenProtocol.load(path)
+        if before.hash == now.hash:
+            return before
+        changed = tuple(sorted(key for key in now.document if now.document[key] != before.document.get(key)))
+        if not replace:
+            raise RecordError(
+                f"{path}: results of another protocol are there ({', '.join(changed) or 'other content'} changed "
+                "since; name another output_dir, or give --new-protocol)"
+            )
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        count = _main_cells(path.parent / "cells", protocol.tuning.seeds)
+        old = Replaced(hash=before.hash, time=time, n_main_cells=count, changed=changed)
+        now = now.model_copy(update={"replaced": (*before.replaced, old)})
+    now.save(path)
+    return now
+
+
+def file_of(protocol: Protocol) -> Path:
+    """Where the frozen protocol is kept.
+
+    Args:
+        protocol: the protocol.
+
+    Returns:
+        ``protocol.json`` in its folder.
+    """
+    return Path(protocol.output_dir) / "protocol.json"
+
+
+def _main_cells(folder: Path, tuning: list[int]) -> int:
+    """Cells in a folder whose seed is none of the tuning's."""
+    seeds = {f"s{seed}" for seed in tuning}
+    return sum(path.name.split(".")[2] not in seeds for path in folder.glob("*.json"))
