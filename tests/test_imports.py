@@ -89,6 +89,7 @@ LAYERS = (
     {"forecast.lighter"},
     {"forecast.outputs"},
     {"forecast.dry_run"},
+    {"forecast"},
     {"experiment"},
     {"cli"},
 )

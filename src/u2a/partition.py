@@ -135,8 +135,8 @@ def build_partition(inputs: Inputs, section: PartitionSection, seed: int = 0, al
         DataError: a row of another set has prompt and answer of an evaluation row; all such rows are listed.
     """
     dropped = Counter(inputs.dropped)
-    given = {name: getattr(inputs, name) for name in ("pairs", *SETS)}
-    groups = {name: _placed(rows, seed) for name, rows in given.items() if rows is not None}
+    given = ((name, getattr(inputs, name)) for name in ("pairs", *SETS))
+    groups = {name: _placed(rows, seed) for name, rows in given if rows is not None}
     groups = {name: _distinct(name, items, dropped) for name, items in groups.items()}
     groups = _consistent(groups, dropped)
     groups = {name: _short(name, items, section, dropped) for name, items in groups.items()}
@@ -171,10 +171,6 @@ class _Item:
     @property
     def answers(self) -> tuple[str, ...]:
         return (self.row.chosen, self.row.rejected) if isinstance(self.row, Pair) else (self.row.completion,)
-
-    @property
-    def longest(self) -> int:
-        return max(map(len, self.answers))
 
     def texts(self) -> list[tuple[str, str]]:
         """Return prompt and answer, case and space folded, of each answer."""
@@ -220,8 +216,9 @@ def _short(name: str, items: list[_Item], section: PartitionSection, dropped: Co
     both = section.max_retain_chars if name == "retain" else None
 
     def short(item: _Item) -> bool:
-        asked, answered = sum(len(turn.content) for turn in item.row.prompt if turn.role != "system"), item.longest
-        return asked <= prompt and answered <= answer if both is None else asked + answered <= both
+        asked = sum(len(turn.content) for turn in item.row.prompt if turn.role != "system")
+        said = max(map(len, item.answers))
+        return asked <= prompt and said <= answer if both is None else asked + said <= both
 
     return _kept(items, short, dropped, f"{name}: too long")
 
@@ -392,12 +389,10 @@ def describe(result: Partition) -> list[str]:
     Returns:
         Lines: size of every set in rows and prompts, and rows left out by reason.
     """
-    lines = []
-    for name in SETS:
-        rows = getattr(result, name)
-        lines.append(f"{name:<11}{len(rows):>7} rows {_prompts(rows):>7} prompts")
-    lines += [f"left out: {count} rows, {reason}" for reason, count in result.dropped.items()]
-    return [*lines, f"fingerprint {result.fingerprint}"]
+    sets = ((name, getattr(result, name)) for name in SETS)
+    lines = [f"{name:<11}{len(rows):>7} rows {_prompts(rows):>7} prompts" for name, rows in sets]
+    left_out = (f"left out: {count} rows, {reason}" for reason, count in result.dropped.items())
+    return [*lines, *left_out, f"fingerprint {result.fingerprint}"]
 
 
 def _prompts(rows: Sequence[Row]) -> int:
