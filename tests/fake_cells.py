@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 
 import numpy as np
@@ -78,10 +79,10 @@ def cell(arm: str, seed: int, shift: float, status: str = "ok") -> CellResult:
     )
 
 
-def cells(shifts: dict[str, float], failed: tuple[str, int] | None = None) -> Cells:
+def cells(shifts: dict[str, float], failed: tuple[str, int] | None = None, seeds: Iterable[int] = SEEDS) -> Cells:
     results = [
         cell(arm, seed, shift, "diverged" if (arm, seed) == failed else "ok")
-        for (arm, shift), seed in product(shifts.items(), SEEDS)
+        for (arm, shift), seed in product(shifts.items(), seeds)
     ]
-    starts = {("one", seed): measured(np.random.default_rng(seed), 0.0) for seed in SEEDS}
-    return Cells(results, {("one", seed): GROUPS for seed in SEEDS}, starts)
+    starts = {("one", seed): measured(np.random.default_rng(seed), 0.0) for seed in seeds}
+    return Cells(results, {("one", seed): GROUPS for seed in seeds}, starts)

@@ -178,6 +178,13 @@ def test_long_prompts_are_left_out_without_their_system_text():
     assert result.dropped == {"pairs: too long": 1}
 
 
+def test_retain_rows_have_a_cap_of_their_own_for_prompt_and_answer_together():
+    rows = [example("1234", "123456"), example("12345", "123456")]
+    result = build_partition(Inputs(retain=rows), only("reward", max_answer_chars=1, max_retain_chars=10))
+    assert [row.prompt[0].content for row in result.retain] == ["1234"]
+    assert result.dropped == {"retain: too long": 1}
+
+
 def test_rejected_answers_become_candidates_beside_those_of_the_file():
     rows = [pair("a", "good", "bad"), pair("a", "fine", "bad"), pair("b", "good", "worse")]
     result = build_partition(Inputs(pairs=rows, forget=[example("a", "bad"), example("c", "other")]), only("forget"))

@@ -196,6 +196,12 @@ def test_retain_parts_are_disjoint_and_complete(n: int) -> None:
         assert len(parts.train) >= len(parts.guard) + len(parts.evaluation) - 1
 
 
+def test_measured_retain_rows_of_their_own_are_held_out_and_the_others_train() -> None:
+    rows, own = examples(10), examples(3, start=50)
+    parts = Partition(retain=rows, retain_measured=own).retain_parts()
+    assert set(parts.train) == set(parts.guard) == set(rows) and set(parts.evaluation) == set(own)
+
+
 def test_content_ids_respect_boundaries_and_never_change() -> None:
     """The literal pins the format: saved records of older runs must keep their ids."""
     assert content_id("ab", "c") != content_id("a", "bc") != content_id("abc")

@@ -13,6 +13,7 @@ import scipy.stats
 from fake_cells import GROUPS, PROMPTS, SEEDS, cells, measured, protocol
 from u2a.errors import ConfigError
 from u2a.experiment.analysis import analyse, area, budget_to_reach
+from u2a.experiment.cell import CellResult
 from u2a.experiment.estimates import Cells, t_interval
 from u2a.experiment.measured import retain_ppl
 
@@ -52,6 +53,27 @@ def test_a_family_is_tested_on_its_tasks_alone() -> None:
     declared = protocol(tasks={"one": {"config": "one.yaml"}, "two": {"config": "two.yaml"}}, families=families)
     rows = analyse(declared, "h", cells({"a": 2.0, "b": 0.0})).contrasts
     assert [(row.family, row.task, row.n_seeds) for row in rows] == [("here", "one", 6), ("there", "two", 0)]
+
+
+def test_nothing_is_shown_where_seeds_were_lost() -> None:
+    single = protocol(families={"main": {"level": 4.0, "contrasts": [["a", "b"]]}})
+    for arm in ("a", "b"):
+        row = analyse(single, "h", cells({"a": 2.0, "b": 0.0}, failed=(arm, 3))).contrasts[0]
+        assert (row.verdict, row.n_lost, row.n_seeds) == ("not shown", 1, 5)
+
+
+def test_an_arm_that_nothing_was_done_to_wins_nothing() -> None:
+    single = protocol(families={"main": {"level": 4.0, "contrasts": [["a", "b"], ["b", "a"]]}}, seeds=list(range(8)))
+    found = cells({"a": 2.0, "b": 0.0}, seeds=range(8))
+    for idle, verdicts in (("a", ["not shown", "not shown"]), ("b", ["better", "worse"])):
+        results = [c if c.arm != idle else untrained(c) for c in found.results]
+        rows = analyse(single, "h", Cells(results, found.groups, found.starts)).contrasts
+        assert [row.verdict for row in rows] == verdicts
+        assert rows[0].n_untrained == ((8, 0) if idle == "a" else (0, 8))
+
+
+def untrained(cell: CellResult) -> CellResult:
+    return cell.model_copy(update={"levels": tuple(x.model_copy(update={"untrained": True}) for x in cell.levels)})
 
 
 def test_a_failed_cell_is_listed_and_enters_no_mean() -> None:

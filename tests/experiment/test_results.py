@@ -10,9 +10,11 @@ import pytest
 from fake_cells import cells, protocol
 from u2a.errors import ConfigError
 from u2a.experiment.analysis import analyse
+from u2a.experiment.frozen import Replaced
 from u2a.experiment.protocol import Protocol
 from u2a.experiment.results import write_results
 from u2a.experiment.statements import judge
+from u2a.experiment.tuning import TrialScore, Tuned
 
 SINGLE = {"main": {"level": 4.0, "contrasts": [["a", "b"]]}}
 
@@ -86,6 +88,31 @@ def test_files_hold_every_figure(tmp_path: Path) -> None:
             assert (tmp_path / line.split("(")[1].rstrip(")")).exists()
     widths = [line.count("|") for line in page.splitlines() if line.startswith("| start") or line.startswith("| a ")]
     assert len(set(widths)) == 1
+
+
+def test_a_statement_may_rest_on_some_contrasts_of_a_family() -> None:
+    families = {"main": {"level": 4.0, "contrasts": [["a", "b"], ["b", "a"]]}}
+    claim = {"text": "A beats B.", "rule": "better", "family": "main", "contrasts": [["a", "b"]]}
+    declared = protocol(families=families, statements={"claim": claim}, seeds=list(range(8)))
+    found = cells({"a": 2.0, "b": 0.0}, seeds=range(8))
+    contrasts = analyse(declared, "h", found).contrasts
+    assert contrasts[0].p_holm == pytest.approx(2 * 2**-7)  # corrected in the whole family
+    assert judge(declared, found, contrasts)[0].finding == "shown"
+    with pytest.raises(ValueError, match="none of the family's"):
+        protocol(families=families, statements={"claim": {**claim, "contrasts": [["a", "a"]]}})
+
+
+def test_the_page_tells_what_was_tuned_and_changed(tmp_path: Path) -> None:
+    score = TrialScore(trial=0, values={"learning_rate": 0.5}, value=1.0, ppl_ratio=1.0, flops=300, seconds=2.0)
+    tuned = Tuned(task="one", arm="a", trial=0, reason="why not", trials=(score,))
+    base = analyse(protocol(), "h", cells({"a": 2.0, "b": 0.0}))
+    for n_main, text in ((0, "always before the first cell"), (3, "changed after main cells had been run")):
+        old = Replaced(hash="old", time="2026-01-02T03:04:05+00:00", n_main_cells=n_main, changed=("arms",))
+        write_results(protocol(), base.model_copy(update={"tuning": (tuned,), "replaced": (old,)}), (), tmp_path)
+        page = (tmp_path / "main.md").read_text(encoding="utf-8")
+        assert text in page and "| one | a | learning_rate 0.5 | 1 | 3.00e+02 | why not |" in page
+    write_results(protocol(), base, (), tmp_path)
+    assert "fixed before the first cell" in (tmp_path / "main.md").read_text(encoding="utf-8")
 
 
 def test_a_metric_without_meaning_is_refused_by_name() -> None:

@@ -106,6 +106,14 @@ def test_tuning_reads_other_prompts_and_its_choice_is_run(whole: Path) -> None:
         for split, seed in (("test", 0), ("dev", 7))
     }
     assert pairs["test"] and pairs["dev"]
+    measured = {
+        split: Partition.load(next((whole / "out" / "settings").glob(f"tiny.s{seed}.*")) / "sets.json").retain_measured
+        for split, seed in (("test", 0), ("dev", 7))
+    }
+    assert not {row.id for row in measured["test"]} & {row.id for row in measured["dev"]}
+    assert all(in_dev(row, 0.4) for row in measured["dev"]) and not any(in_dev(row, 0.4) for row in measured["test"])
+    trained = Partition.load(next((whole / "out" / "settings").glob("tiny.s0.*")) / "sets.json").retain
+    assert not {row.id for row in trained} & {row.id for row in (*measured["test"], *measured["dev"])}
     assert not any(in_dev(pair, 0.4) for pair in pairs["test"]) and all(in_dev(pair, 0.4) for pair in pairs["dev"])
 
 

@@ -64,6 +64,15 @@ def test_a_trial_that_failed_on_one_seed_is_out() -> None:
     assert "no trial came through" in choose_trial(RULE, failed, START).reason
 
 
+def test_a_choice_at_the_edge_of_the_grid_is_named() -> None:
+    grid = [cell(trial, seed, -abs(trial - 1), 1.0) for trial in (0, 1, 2) for seed in START]
+    assert "edge" not in choose_trial(RULE, grid, START).reason
+    rising = [cell(trial, seed, trial, 1.0) for trial in (0, 1, 2) for seed in START]
+    assert choose_trial(RULE, rising, START).reason.endswith("learning_rate at the edge of the grid")
+    single = [cell(0, seed, 1.0, 1.0) for seed in START]
+    assert "edge" not in choose_trial(RULE, single, START).reason
+
+
 def test_perplexity_weighs_rows_by_tokens() -> None:
     assert perplexity({"a": 2.0, "b": 4.0}, {"a": 1.0, "b": 5.0}) == pytest.approx(math.e)
     assert perplexity({}, {"a": 1.0}) is None

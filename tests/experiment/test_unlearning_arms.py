@@ -160,6 +160,12 @@ def test_selections_are_charged_and_free_choices_are_not() -> None:
     assert charged["top_k"]["select"] > charged["highest_loss_k"]["select"]
 
 
+def test_the_late_random_draw_is_the_same_draw_and_pays_for_a_scoring() -> None:
+    late, early, scored = (run(name, small_setting(), 0) for name in ("random_k_late", "random_k", "top_k"))
+    assert late[0].selection.weights == early[0].selection.weights
+    assert late[1].spent().flops["select"] == scored[1].spent().flops["select"] > 0
+
+
 @pytest.mark.parametrize("loss", ["ga", "npo"])
 def test_arms_of_equal_shapes_differ_in_weights_alone(loss: str) -> None:
     rows = equal_length(12)

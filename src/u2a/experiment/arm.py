@@ -91,7 +91,7 @@ class Arm(Protocol):
 
     @property
     def track(self) -> Track:
-        """What it may read: ``negatives`` (candidates, PA pairs, retain rows), ``pairs`` (pairs and retain rows)."""
+        """What it may read: ``negatives`` (candidates, PA pairs, retain rows), ``pairs`` (pairs alone)."""
         ...
 
     def train(self, setting: Setting, trial: Mapping[str, float], meter: Meter, budget: Budget) -> Trained:
