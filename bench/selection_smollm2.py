@@ -88,7 +88,7 @@ def main() -> None:
         prepare(place, console)
     world = world_of(open_setting(place, place.config, QUIET))
     section = place.config.unlearn.model_copy(
-        update={"learning_rate": 1.8e-3, "warmup_ratio": 0.5, "max_steps": STEPS, "retain_batch_size": 2}
+        update={"learning_rate": 1e-3, "warmup_ratio": 0.5, "max_steps": STEPS, "retain_batch_size": 2}
     )
     with console.phase("runs", 1 + args.draws + args.groups, "runs", saves=True) as advance:
         lab = KeptLab(world, section, n_pa=N_PA, file=place.folder / "selection_runs.json", advance=advance)
