@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planted_overlaps import ENDS, KINDS, planted
 from tiny import END, ask, examples, pairs, tiny_tokenizer
 from u2a.data import example_id, fold, pair_id, prompt_key
 from u2a.diagnosis import Diagnosis
@@ -99,22 +100,6 @@ def test_copies_of_one_text_do_not_cost_the_square():
 
 
 # --- overlaps: four kinds between four pairs of sets --------------------------------------------
-
-KINDS = {"exact": 5, "folded": 4, "near": 3, "prompt": 2}
-ENDS = [("preference", "evaluation"), ("forget", "evaluation"), ("forget", "preference"), ("retain", "holdout")]
-
-
-def planted(kind: str, k: int) -> tuple[tuple[str, str], tuple[str, str]]:
-    """A prompt and answer, and its counterpart in the other set."""
-    topic = " ".join(f"{kind}{k}t{i}" for i in range(30))
-    prompt, answer = f"What of {topic} now", f"It is {topic} for sure"
-    copies = {
-        "exact": (prompt, answer),
-        "folded": (prompt.upper(), f" {answer}  "),
-        "near": (f"{prompt}, then", answer),
-        "prompt": (prompt, f"Something else about {kind} number {k} entirely"),
-    }
-    return (prompt, answer), copies[kind]
 
 
 def as_row(name: str, text: tuple[str, str], place: str) -> Example | Pair:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fake_records import fake_records
+from planted_overlaps import ENDS, KINDS, planted
 from tiny import tiny_tokenizer
 from u2a.cli import main
 from u2a.config import RunConfig
@@ -18,23 +19,8 @@ from u2a.model_card import model_card
 from u2a.report import render_report
 from u2a.run_records import RunRecords
 
-KINDS = {"exact": 5, "folded": 4, "near": 3, "prompt": 2}
-ENDS = [("preference", "evaluation"), ("forget", "evaluation"), ("forget", "preference"), ("retain", "holdout")]
 FILES = {"preference": "preferences", "evaluation": "evaluation", "forget": "forget", "retain": "retain"}
 Row = dict[str, str]
-
-
-def planted(kind: str, k: int) -> tuple[tuple[str, str], tuple[str, str]]:
-    """A prompt and a bad answer, and its counterpart in the other set."""
-    topic = " ".join(f"{kind}{k}t{i}" for i in range(30))
-    prompt, answer = f"What of {topic} now", f"It is {topic} for sure"
-    copies = {
-        "exact": (prompt, answer),
-        "folded": (prompt.upper(), f" {answer}  "),
-        "near": (f"{prompt}, then", answer),
-        "prompt": (prompt, f"Something else about {kind} number {k} entirely"),
-    }
-    return (prompt, answer), copies[kind]
 
 
 def row(name: str, prompt: str, answer: str) -> Row:
