@@ -116,6 +116,11 @@ BAD = {
     "shared option": (set_in("arms", "a", "set", value=["model.dtype=float16"]), "model.dtype is shared by all arms"),
     "unknown contrast": (set_in("families", value={"f": {"contrasts": [["a", "z"]]}}), "families.f: 'z' is no arm"),
     "unknown task of a family": (set_in("families", value={"f": {"tasks": ["z"]}}), "families.f.tasks: 'z' is no task"),
+    "tuned nowhere": (
+        set_in("tasks", "tiny", "tuned_on", value="z"),
+        "tasks.tiny.tuned_on: 'z' is no task that is tuned",
+    ),
+    "tuned on itself": (set_in("tasks", "tiny", "tuned_on", value="tiny"), "'tiny' is no task that is tuned itself"),
     "seed of both": (set_in("tuning", value={"seeds": [0], "level": 1.0}), "not in tuning.seeds"),
     "wrong type": (set_in("measure", "prompts", value="many"), "measure.prompts: .*got 'many'"),
     "name": (set_in("arms", "a/b", value={"method": "full"}), "made of letters"),

@@ -166,7 +166,7 @@ def test_what_is_done_is_not_run_again_unless_failed_and_asked_for(
     assert ran == ["tiny.wild.s0.t0"]
 
 
-def test_slots_follow_the_protocol() -> None:
+def test_slots_follow_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     from u2a.experiment.protocol import Protocol
 
     protocol = Protocol.model_validate(
@@ -187,6 +187,12 @@ def test_slots_follow_the_protocol() -> None:
         *(Slot("y", "two", seed, None) for seed in (0, 1, 2)),
     ]
     assert slots(protocol, ["one"]) == [Slot("y", "one", 0, 0)]
+    section = protocol.tasks["x"].model_copy(update={"tuned_on": "y"})
+    elsewhere = protocol.model_copy(update={"tasks": {**protocol.tasks, "x": section}})
+    assert slots(elsewhere) == slots(protocol)[2:]
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(Plan, "tuned", lambda self, *names: asked.append(names))
+    assert Plan(elsewhere).cell(Slot("x", "two", 0, None)) is None and asked == [("y", "two")]
     with pytest.raises(ConfigError, match=r"--only three: no such arm \(expected some of: one, two\)"):
         slots(protocol, ["three"])
 

@@ -67,7 +67,7 @@ def _tuned_arms(plan: Plan) -> list[tuple[str, str]]:
     arms = plan.protocol.arms
     return [
         (task, arm)
-        for task in plan.protocol.tasks
+        for task, section in plan.protocol.tasks.items()
         for arm in arms
-        if len(arms[arm].trials) > 1 and task in plan.protocol.tasks_of(arm)
+        if len(arms[arm].trials) > 1 and task in plan.protocol.tasks_of(arm) and section.tuned_on is None
     ]

@@ -75,10 +75,11 @@ def slots(protocol: Protocol, only: Sequence[str] = ()) -> list[Slot]:
         here = [arm for arm in arms if task in protocol.tasks_of(arm)]
         grids = {arm: len(protocol.arms[arm].trials) for arm in here}
         tuned = [arm for arm in here if grids[arm] > 1]
+        tuned_here = tuned if protocol.tasks[task].tuned_on is None else []
         out += [
             Slot(task, arm, seed, trial)
             for seed in protocol.tuning.seeds
-            for arm in tuned
+            for arm in tuned_here
             for trial in range(grids[arm])
         ]
         out += [
@@ -148,7 +149,7 @@ class Plan:
             return self._cells[slot]
         trial = slot.trial
         if trial is None:
-            tuned = self.tuned(slot.task, slot.arm)
+            tuned = self.tuned(self.protocol.tasks[slot.task].tuned_on or slot.task, slot.arm)
             if tuned is None:
                 return None
             trial = tuned.trial

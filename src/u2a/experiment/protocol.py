@@ -29,6 +29,7 @@ class TaskSection(Section):
     config: str = option("", "configuration file of a run, relative to the protocol's folder")
     set: list[str] = option([], "changes to it, as section.option=value")
     seeds: Count | None = option(None, "run on this many of the seeds, the first ones (null: all)")
+    tuned_on: str | None = option(None, "take the trials that were chosen on this task (null: tune here)")
 
 
 class ArmSection(Section):
@@ -114,6 +115,7 @@ class Protocol(Section):
         problems = [*_arm_problems(self), *_level_problems(self)]
         if not self.tasks or not self.arms or not self.seeds:
             problems.append("tasks, arms and seeds: each needs at least one")
+        problems += _tuned_on_problems(self)
         if len(set(self.seeds)) < len(self.seeds) or set(self.seeds) & set(self.tuning.seeds):
             problems.append("seeds: each may stand once, and not in tuning.seeds")
         if self.tunes and (not self.tuning.seeds or not 0.0 < self.tuning.dev_frac < 1.0):
@@ -173,6 +175,20 @@ def _arm_problems(protocol: Protocol) -> Iterator[str]:
             key = text.partition("=")[0]
             if key not in ARM_SECTIONS and key.partition(".")[0] not in ARM_SECTIONS:
                 yield f"arms.{name}.set: {key} is shared by all arms (an arm may set {', '.join(ARM_SECTIONS)})"
+
+
+def _tuned_on_problems(protocol: Protocol) -> Iterator[str]:
+    for name, task in protocol.tasks.items():
+        if task.tuned_on is None:
+            continue
+        other = protocol.tasks.get(task.tuned_on)
+        if other is None or other.tuned_on is not None:
+            yield f"tasks.{name}.tuned_on: {task.tuned_on!r} is no task that is tuned itself"
+            continue
+        for arm, section in protocol.arms.items():
+            tasks = protocol.tasks_of(arm)
+            if len(section.trials) > 1 and name in tasks and task.tuned_on not in tasks:
+                yield f"tasks.{name}.tuned_on: arm {arm} is not run on {task.tuned_on}"
 
 
 def _statement_problems(protocol: Protocol) -> Iterator[str]:
