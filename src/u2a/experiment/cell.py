@@ -211,8 +211,8 @@ class Course:
         with self.meter.paused():
             full = bool(set(levels) & set(self.full))
             measured, untrained = self.measure(policy, full)
-            wanted = full and policy is None and self.measure_equal is not None
-            equal = self.measure_equal(measured) if wanted else None
+            again = self.measure_equal if full and policy is None else None
+            equal = None if again is None else again(measured)
         self.results += [
             LevelResult(
                 level=level,
