@@ -7,10 +7,10 @@ import math
 import pytest
 
 from u2a.experiment.cell import CellResult, LevelResult
-from u2a.experiment.measured import Measured
+from u2a.experiment.measured import Measured, perplexity
 from u2a.experiment.meter import Spent
 from u2a.experiment.protocol import TuningSection
-from u2a.experiment.tuning import choose_trial, perplexity
+from u2a.experiment.tuning import choose_trial
 
 RULE = TuningSection(seeds=[1000, 1001], level=1.0, metric="preference_margin", max_ppl_ratio=1.1)
 START = {1000: 10.0, 1001: 20.0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -161,11 +161,23 @@ def retain_ppl(measured: Measured) -> float | None:
     Returns:
         exp(nats per token), or None where it is undefined or overflows (a collapse).
     """
-    tokens = sum(measured.retain_tokens[row] for row in measured.retain_nll)
-    if not tokens:
+    return perplexity(measured.retain_nll, measured.retain_tokens)
+
+
+def perplexity(nll: Mapping[str, float], tokens: Mapping[str, float]) -> float | None:
+    """exp(sum NLL / sum tokens) over the rows.
+
+    Args:
+        nll: summed NLL by row, nats.
+        tokens: answer tokens by row.
+
+    Returns:
+        Perplexity, or None without rows or beyond floating point.
+    """
+    if not nll:
         return None
-    nats = math.fsum(measured.retain_nll.values()) / tokens
-    return math.exp(nats) if nats < 700 else None
+    mean = math.fsum(nll.values()) / math.fsum(tokens[name] for name in nll)
+    return math.exp(mean) if mean < 700.0 else None
 
 
 @contextmanager

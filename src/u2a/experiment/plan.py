@@ -11,9 +11,10 @@ from u2a import __version__
 from u2a.errors import ConfigError
 from u2a.experiment.cell import Cell, CellResult
 from u2a.experiment.claims import is_claimed
+from u2a.experiment.measured import perplexity
 from u2a.experiment.protocol import Protocol, decisive_text, task_config
 from u2a.experiment.setting import SettingRecord, Split, Workplace
-from u2a.experiment.tuning import Tuned, choose_trial, perplexity
+from u2a.experiment.tuning import Tuned, choose_trial
 from u2a.record import content_id
 
 State = Literal["ok", "diverged", "failed", "running", "open", "waits for tuning"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from u2a.experiment.cell import CellResult, LevelResult
+from u2a.experiment.measured import perplexity
 from u2a.experiment.protocol import TuningSection
 from u2a.record import Record, Row
 
@@ -122,22 +123,6 @@ def _metric(level: LevelResult, name: str) -> float | None:
 def _ppl_ratio(level: LevelResult, start_ppl: float) -> float | None:
     ppl = perplexity(level.measured.retain_nll, level.measured.retain_tokens)
     return None if ppl is None else ppl / start_ppl
-
-
-def perplexity(nll: Mapping[str, float], tokens: Mapping[str, float]) -> float | None:
-    """exp(sum NLL / sum tokens) over the rows.
-
-    Args:
-        nll: summed NLL by row, nats.
-        tokens: answer tokens by row.
-
-    Returns:
-        Perplexity, or None without rows or beyond floating point.
-    """
-    if not nll:
-        return None
-    mean = math.fsum(nll.values()) / math.fsum(tokens[name] for name in nll)
-    return math.exp(mean) if mean < 700.0 else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
