@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from u2a.bilevel.outcome import random_weights
 from u2a.bilevel.select import ranking
-from u2a.bilevel.solve import random_weights
 from u2a.config import RunConfig
 from u2a.record import derive_seed
 from u2a.types import RewardTable

@@ -254,6 +254,24 @@ class Policy:
             self._reference_sums |= {item.key: float(value) for item, value in zip(missing, sums, strict=True)}
         return torch.tensor([self._reference_sums[item.key] for item in encoded])
 
+    def knows_references(self, encoded: Sequence[Encoded]) -> bool:
+        """Whether :meth:`reference_sums` of these sequences needs no forward pass."""
+        return all(item.key in self._reference_sums for item in encoded)
+
+    def remember_reference_sums(self, encoded: Sequence[Encoded], sums: Tensor) -> None:
+        """Keep summed log-probabilities that a pass at theta_0 has found on the way.
+
+        Args:
+            encoded: sequences.
+            sums: (n,) theirs at theta_0, finite.
+        """
+        self._reference_sums |= {item.key: value for item, value in zip(encoded, sums.float().tolist(), strict=True)}
+
+    def at_start(self) -> bool:
+        """Whether the policy stands at theta_0, bit for bit."""
+        start = self.theta0
+        return all(torch.equal(value.detach().cpu(), start[name]) for name, value in self.trainable().items())
+
     @torch.no_grad()
     def perplexity(self, encoded: Sequence[Encoded]) -> float:
         """Perplexity of answers at the current theta: exp(sum NLL / sum answer tokens), EOS scored.

@@ -242,7 +242,7 @@ def test_theta_hooks_and_modes_are_as_before_also_after_an_error(fail: bool, mon
 
     losses, u = candidate_losses(policy, GA(), ROWS[:3]), random_direction(policy)
     if fail:
-        monkeypatch.setattr(CandidateLosses, "of", broken)
+        monkeypatch.setattr(CandidateLosses, "with_sums", broken)
         with pytest.raises(RuntimeError, match="inside"):
             slopes(losses, u)
     else:

@@ -15,8 +15,9 @@ from u2a.bilevel.differences import Central
 from u2a.bilevel.gains import Reached, compute_gains, split_preference
 from u2a.bilevel.hypergrad import Identity, Implicit, make_adjoint
 from u2a.bilevel.objective import DPO, Margin, objective_gradient, objective_values
+from u2a.bilevel.outcome import random_weights
 from u2a.bilevel.select import top_block
-from u2a.bilevel.solve import _warm_up, random_weights
+from u2a.bilevel.solve import _warm_up
 from u2a.bilevel.weight import mirror_step, penalty, penalty_gradient, refine
 from u2a.config import SolveSection, UnlearnSection
 from u2a.config_file import load_config

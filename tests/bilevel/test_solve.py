@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tiny import tiny_policy
 from u2a.bilevel.gains import Gains, Reached, compute_gains, split_preference
 from u2a.bilevel.objective import CustomObjective
-from u2a.bilevel.solve import n_to_select, random_weights, score, solve
+from u2a.bilevel.outcome import random_weights
+from u2a.bilevel.solve import n_to_select, score, solve
 from u2a.bilevel.weight import frank_wolfe_gap, refine, with_block
 from u2a.config import SolveSection
 from u2a.errors import ConfigError, DataError, NonFiniteError

@@ -63,10 +63,10 @@ class BatchedBackward:
             with _taps(losses.policy, chosen) as taps, torch.enable_grad():
                 name = f"{self.name} {start}"
                 measure = partial(taps.measure, losses)
-                parts.append(losses.filled(measure, taps.n + 1, advance, name))
-        base = parts[0][:, 0].contiguous()
+                parts.append(losses.filled(measure, taps.n + 2, advance, name))
+        base, sums = parts[0][:, 0].contiguous(), parts[0][:, 1].contiguous()
         losses.check(base)
-        return Slopes(torch.cat([part[:, 1:] for part in parts], 1), base)
+        return Slopes(torch.cat([part[:, 2:] for part in parts], 1), base, sums=sums)
 
 
 @dataclass
@@ -79,11 +79,11 @@ class _Taps:
     zeros: Tensor
 
     def measure(self, losses: CandidateLosses, batch: list[int]) -> Tensor:
-        """(batch, 1 + n) losses and derivatives of one batch."""
+        """(batch, 2 + n) losses, summed log-probabilities and derivatives of one batch."""
         self.zeros = torch.zeros(len(batch), self.n, dtype=self.dtype, device=self.device, requires_grad=True)
-        values = losses.of(batch)
+        values, sums = losses.with_sums(batch)
         (slopes,) = torch.autograd.grad(values.sum(), self.zeros)
-        return torch.cat([values.detach()[:, None], slopes], 1)
+        return torch.cat([values.detach()[:, None], sums[:, None], slopes], 1)
 
 
 @dataclass(frozen=True)

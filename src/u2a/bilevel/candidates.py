@@ -33,7 +33,8 @@ class CandidateLosses:
         policy: the policy.
         loss: the per-sample loss.
         rows: tokenised candidates.
-        reference_sums: (n,) s_i^ref in nats.
+        reference_sums: (n,) s_i^ref in nats; None at theta_0 while they are not known: there they are the s_i of the
+            very pass that needs them.
         ids: candidate ids, for errors.
         known: (n,) l_k where the policy stands now, float64, CPU, if they have been computed already; they go out
             of date as soon as the policy moves.
@@ -43,14 +44,16 @@ class CandidateLosses:
     policy: Policy
     loss: UnlearningLoss
     rows: tuple[Encoded, ...]
-    reference_sums: Tensor
+    reference_sums: Tensor | None
     ids: tuple[str, ...]
     known: Tensor | None = None
     parts: Parts = Parts()
 
     def batches(self) -> list[list[int]]:
-        """Indices by forward batch, sorted by length."""
-        return token_batches(self.rows, self.policy.token_budget)
+        """Indices by forward batch, sorted by length and then by id, whatever the candidates' order."""
+        order = sorted(range(len(self.rows)), key=lambda index: self.ids[index])
+        batches = token_batches([self.rows[index] for index in order], self.policy.token_budget)
+        return [[order[place] for place in batch] for batch in batches]
 
     def of(self, batch: Sequence[int], parameters: Params | None = None) -> Tensor:
         """Losses of one batch, differentiable.
@@ -62,9 +65,29 @@ class CandidateLosses:
         Returns:
             (batch,) losses.
         """
+        return self.with_sums(batch, parameters)[0]
+
+    def with_sums(self, batch: Sequence[int], parameters: Params | None = None) -> tuple[Tensor, Tensor]:
+        """Losses of one batch, differentiable, and summed log-probabilities s_i of its answers.
+
+        Args:
+            batch: indices.
+            parameters: values to use instead of the policy's.
+
+        Returns:
+            (batch,) losses, and (batch,) s_i in nats, detached.
+        """
         rows = self.policy.collate([self.rows[index] for index in batch])
         answers = answer_log_probs(self.policy.model, rows, parameters)
-        return self.loss.per_sample(answers, self.reference_sums[list(batch)].to(answers.sum))
+        sums = answers.sum.detach()
+        reference = sums if self.reference_sums is None else self.reference_sums[list(batch)].to(sums)
+        return self.loss.per_sample(answers, reference), sums
+
+    def with_references(self) -> CandidateLosses:
+        """The same losses with reference sums, at the price of a forward pass where they are not known yet."""
+        if self.reference_sums is not None:
+            return self
+        return replace(self, reference_sums=self.policy.reference_sums(self.rows))
 
     def filled(
         self, compute: Callable[[list[int]], Tensor], columns: int, advance: Advance, name: str | None = None
@@ -138,21 +161,19 @@ class CandidateLosses:
         """
         if self.known is None and not self._at_reference():
             return self.values(advance, "base")
-        values = losses_at_reference(self) if self.known is None else self.known
+        values = losses_at_reference(self.with_references()) if self.known is None else self.known
         advance.advance(len(self.rows))
         self.check(values)
         return values
 
     def base_is_known(self) -> bool:
         """Whether :meth:`base` costs no forward pass."""
-        return self.known is not None or (self.loss.needs_reference and self._at_reference())
+        there = self.loss.needs_reference and self.reference_sums is not None
+        return self.known is not None or (there and self._at_reference())
 
     def _at_reference(self) -> bool:
         """Whether the policy stands at theta_0 and the loss follows from the summed log-probabilities there."""
-        if type(self.loss) not in (GA, GradDiff, NPO, SFT):
-            return False
-        start = self.policy.theta0
-        return all(torch.equal(value.detach().cpu(), start[name]) for name, value in self.policy.trainable().items())
+        return type(self.loss) in (GA, GradDiff, NPO, SFT) and self.policy.at_start()
 
     def subset(self, indices: Sequence[int]) -> CandidateLosses:
         """The losses of some candidates only.
@@ -167,7 +188,7 @@ class CandidateLosses:
         return replace(
             self,
             rows=tuple(self.rows[index] for index in chosen),
-            reference_sums=self.reference_sums[chosen],
+            reference_sums=None if self.reference_sums is None else self.reference_sums[chosen],
             ids=tuple(self.ids[index] for index in chosen),
             known=None if self.known is None else self.known[chosen],
         )
@@ -260,11 +281,13 @@ class Slopes:
         derivatives: (candidates, directions) d/dt l_k(theta + t u) at t = 0, float64, CPU.
         losses: (candidates,) l_k(theta); for central differences the mean of both sides (equal to second order).
         sample: exact derivatives of some candidates, where the scorer needed them.
+        sums: (candidates,) s_i at theta in nats, where the scorer saw them, or None.
     """
 
     derivatives: Tensor
     losses: Tensor
     sample: Sample | None = None
+    sums: Tensor | None = None
 
 
 def _process() -> tuple[int, int]:

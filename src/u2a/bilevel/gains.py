@@ -15,13 +15,7 @@ from u2a.bilevel.adjoint import Adjoint, InnerPoint
 from u2a.bilevel.candidates import CandidateLosses, in_several_processes
 from u2a.bilevel.fold_gradients import fold_gradients
 from u2a.bilevel.hypergrad import make_adjoint
-from u2a.bilevel.objective import (
-    DPO,
-    NLL,
-    Margin,
-    Objective,
-    ObjectiveGradient,
-)
+from u2a.bilevel.objective import DPO, NLL, Margin, Objective, ObjectiveGradient
 from u2a.bilevel.select import FoldStatistics, fold_statistics, make_estimator, reliability
 from u2a.bilevel.variance import pooled, without_common
 from u2a.bilevel.vectors import dot, scaled, zeros_like
@@ -355,7 +349,7 @@ def candidate_losses(policy: Policy, inner: InnerProblem) -> CandidateLosses:
     """Tokenise all candidates and look up their reference log-probabilities.
 
     Args:
-        policy: the policy.
+        policy: the policy; at theta_0 unknown references are left to the pass that scores.
         inner: the candidates and their loss.
 
     Returns:
@@ -363,7 +357,10 @@ def candidate_losses(policy: Policy, inner: InnerProblem) -> CandidateLosses:
     """
     encode = policy.encoder.encode
     rows = tuple(encode(row.prompt, row.completion, row.source or row.id) for row in inner.forget)
-    sums = policy.reference_sums(rows) if inner.loss.needs_reference else torch.zeros(len(rows))
+    sums: Tensor | None = torch.zeros(len(rows))
+    if inner.loss.needs_reference:
+        free = not policy.knows_references(rows) and policy.at_start()
+        sums = None if free else policy.reference_sums(rows)
     return CandidateLosses(policy, inner.loss, rows, sums, tuple(row.id for row in inner.forget))
 
 

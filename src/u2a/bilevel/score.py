@@ -188,6 +188,8 @@ def score_all(
 ) -> Scoring:
     """Score all candidates with the configured scorer, and once more exactly where it turns out too far off.
 
+    Reference log-probabilities that are not known yet are found on the way (``backward``) or before.
+
     Args:
         section: options of the outer problem.
         losses: the vector of losses.
@@ -198,7 +200,11 @@ def score_all(
         Derivatives with the scorer that found them.
     """
     scorer = make_scorer(section, losses, len(directions))
+    if not isinstance(scorer, BatchedBackward):
+        losses = losses.with_references()
     slopes = _run(scorer, losses, directions, console)
+    if losses.reference_sums is None and slopes.sums is not None:
+        losses.policy.remember_reference_sums(losses.rows, slopes.sums)
     if isinstance(scorer, BatchedBackward | ForwardMode):
         return Scoring(slopes, scorer.name, None)
     error = agreement(slopes.sample or exact_sample(losses, directions), slopes.derivatives)

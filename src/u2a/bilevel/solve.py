@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from u2a.bilevel.gains import Folds, Gains, OuterProblem, Reached, compute_gains, search_id, split_preference
 from u2a.bilevel.hypergrad import make_refining_adjoint
 from u2a.bilevel.monitor import Monitor
+from u2a.bilevel.outcome import fallback_solution, solution_of
 from u2a.bilevel.search_state import SearchState, load_state, save_state
 from u2a.bilevel.select import decide, top_block
 from u2a.bilevel.weight import drop_small, frank_wolfe_gap, refine, with_block
@@ -26,14 +27,12 @@ from u2a.config import SolveSection
 from u2a.errors import ConfigError, NonFiniteError, OutOfMemory
 from u2a.modeling import Policy
 from u2a.progress import Console
-from u2a.record import derive_seed
 from u2a.signals import stopping
-from u2a.solution import Round, ScoreTable, Solution, WeightRow
-from u2a.stream import permutation
+from u2a.solution import Round, ScoreTable, Solution
 from u2a.types import UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver, look_up_references, unlearn
 
-__all__ = ["OuterProblem", "n_to_select", "random_weights", "score", "solve"]
+__all__ = ["OuterProblem", "n_to_select", "score", "solve"]
 
 
 def n_to_select(inner: InnerProblem, outer: OuterProblem) -> int:
@@ -58,21 +57,6 @@ def n_to_select(inner: InnerProblem, outer: OuterProblem) -> int:
     return wanted if wanted is not None else max(1, round(outer.section.selected_frac * n))
 
 
-def random_weights(inner: InnerProblem, k: int, seed: int) -> dict[str, float]:
-    """Draw k candidates at random with equal weights (the control of every selection).
-
-    Args:
-        inner: the candidates.
-        k: how many, at most all.
-        seed: of the draw; it depends on the candidates' ids, not on their order.
-
-    Returns:
-        Weights by id, summing to 1; empty for k = 0.
-    """
-    ids = sorted(row.id for row in inner.forget)
-    return {ids[index]: 1.0 / k for index in permutation(seed, 0, len(ids))[:k]}
-
-
 def score(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Console) -> ScoreTable:
     """Only score: predict for every candidate how much unlearning it would raise J.
 
@@ -86,6 +70,7 @@ def score(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Con
         Gains with their uncertainty. All PA pairs are used, none is held out.
     """
     outer = replace(outer, section=outer.section.model_copy(update={"heldout_frac": 0.0}))
+    _references(policy, inner, outer, console)
     _warm_up(policy, inner, outer, console)
     return compute_gains(policy, inner, outer, split_preference(outer), Reached(inner.uniform()), console).table
 
@@ -120,10 +105,7 @@ def solve(
     policy = inner_solver.policy
     most = n_to_select(inner, outer)
     folds = split_preference(outer)
-    with console.phase("reference"):
-        look_up_references(policy, inner)
-        if outer.section.objective == "dpo":  # the pairs' references, too, in one order whichever folds are read back
-            outer.objective_value().prepare(policy, sorted(outer.preference, key=lambda pair: pair.id))
+    _references(policy, inner, outer, console)
     monitor = Monitor(policy, outer.objective_value(), folds)
     steps = outer.section.inner_steps or inner.section.max_steps
     shortened = replace(inner, section=inner.section.model_copy(update={"max_steps": steps}))
@@ -141,7 +123,7 @@ def solve(
         _forget_parts(outer)
         stopping.check()
     _refine_on_selected(search, state)
-    return _solution(inner, state, "none" if bool(state.best_weights.any()) else "empty")
+    return solution_of(inner, state, "none" if bool(state.best_weights.any()) else "empty")
 
 
 def _forget_parts(outer: OuterProblem) -> None:
@@ -156,6 +138,7 @@ def _resumed(search: _Search) -> SearchState | None:
     state = load_state(search.solver.policy, search.outer.checkpoints, search.id)
     if state is None:
         return None
+    look_up_references(search.solver.policy, search.inner)
     search.console.say(f"  search for weights: goes on after {len(state.rounds)} rounds")
     if state.result is not None:
         search.solver.remember(search.inner, _mapping(search.inner, state.weights), state.result)
@@ -173,7 +156,7 @@ def _round(search: _Search, state: SearchState, most: int) -> Solution | None:
     if not state.rounds:
         choice = decide(gains.statistics, gains.estimates, outer.section.fallback)
         if choice != "none":
-            return _fallback(inner, outer, gains, choice, most)
+            return fallback_solution(inner, outer, gains, choice, most)
     gap = frank_wolfe_gap(state.weights, -gains.estimates) if bool(state.weights.any()) else None
     certified = _certified(gains, gap, outer)
     if certified:
@@ -295,6 +278,16 @@ def _refine_on_selected(search: _Search, state: SearchState) -> None:
     search.try_weights(state, _Step(start, gains, frank_wolfe_gap(best[chosen], -gains.estimates), (), dropped))
 
 
+def _references(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Console) -> None:
+    """Look references up, unless the scoring at theta_0 finds them on the way (no warm-up, and no curvature)."""
+    section = outer.section
+    with console.phase("reference"):
+        if section.warmup_steps or section.adjoint != "identity":
+            look_up_references(policy, inner)
+        if section.objective == "dpo":  # the pairs' references, too, in one order whichever folds are read back
+            outer.objective_value().prepare(policy, sorted(outer.preference, key=lambda pair: pair.id))
+
+
 def _warm_up(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Console) -> None:
     """A few uniform steps, since at LoRA's start (B = 0) the gradient with respect to A vanishes."""
     steps = outer.section.warmup_steps
@@ -358,39 +351,3 @@ def _stop(state: SearchState, outer: OuterProblem, added: bool) -> None:
 
 def _mapping(inner: InnerProblem, weights: Tensor) -> dict[str, float]:
     return {row.id: float(w) for row, w in zip(inner.forget, weights, strict=True) if float(w) > 0}
-
-
-def _solution(inner: InnerProblem, state: SearchState, fallback: str) -> Solution:
-    assert state.last is not None
-    estimates = [row.estimate for row in state.last.rows]
-    rows = []
-    for k, row in enumerate(inner.forget):
-        weight = float(state.best_weights[k])
-        reason = "selected" if weight > 0 else "no gain promised" if estimates[k] <= 0 else "ranked below the selected"
-        rows.append(WeightRow(id=row.id, weight=weight, estimate=estimates[k], reason=reason))
-    return Solution(
-        rows=tuple(rows),
-        rounds=tuple(state.rounds),
-        scores=state.last,
-        stopped=state.stopped,
-        fallback=fallback,  # type: ignore[arg-type]
-    )
-
-
-def _fallback(inner: InnerProblem, outer: OuterProblem, gains: Gains, choice: str, most: int) -> Solution:
-    """Uniform weights on a random draw, or nothing at all."""
-    weights: Mapping[str, float] = {}
-    stopped = "no candidate promises a gain: nothing is unlearned"
-    if choice == "random_k":
-        weights = random_weights(inner, most, derive_seed(outer.seed, "fallback"))
-        stopped = "no signal among the gains: a random draw with equal weights"
-    rows = tuple(
-        WeightRow(
-            id=row.id,
-            weight=weights.get(row.id, 0.0),
-            estimate=float(gains.estimates[k]),
-            reason="random draw (no signal)" if row.id in weights else stopped.split(":")[0],
-        )
-        for k, row in enumerate(inner.forget)
-    )
-    return Solution(rows=rows, scores=gains.table, stopped=stopped, fallback=choice)  # type: ignore[arg-type]

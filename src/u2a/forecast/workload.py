@@ -148,7 +148,7 @@ class Workload:
     def _selection(self) -> None:
         section, inner = self.config.solve, self.inner
         self._add("reference")
-        if inner.loss.needs_reference:
+        if inner.loss.needs_reference and (section.warmup_steps or section.adjoint != "identity"):
             self._reference("reference", self._rows(inner.forget))
         if section.objective == "dpo":
             self._reference("reference", [row for pair in self.partition.preference for row in self._both(pair)])
