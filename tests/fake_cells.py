@@ -46,19 +46,25 @@ def measured(rng: np.random.Generator, shift: float) -> Measured:
     )
 
 
-def cell(arm: str, seed: int, shift: float, status: str = "ok") -> CellResult:
+def cell(arm: str, seed: int, shift: float, status: str = "ok", up_to: float = 4.0, speed: float = 1.0) -> CellResult:
     rng = np.random.default_rng([seed, int(100 * shift) + 1000])
     levels = tuple(
         LevelResult(
             level=level,
             reached=True,
             steps=int(level),
-            spent=Spent(flops={"train": int(100 * level), "select": 7}, seconds={"train": level}, peak_rss_bytes=5),
+            spent=Spent(
+                flops={"train": int(100 * level), "select": 7},
+                seconds={"train": level},
+                cpu_seconds={"train": level / speed},
+                peak_rss_bytes=5,
+            ),
             full=level == 4.0,
             untrained=False,
             measured=measured(rng, shift * level),
         )
         for level in (1.0, 4.0)
+        if level <= up_to
     )
     return CellResult(
         key="k",

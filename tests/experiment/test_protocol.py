@@ -9,7 +9,7 @@ import yaml
 from small_experiment import write_experiment
 
 from u2a.errors import ConfigError, RecordError
-from u2a.experiment.frozen import fix, protocol_hash
+from u2a.experiment.frozen import fix, frozen, protocol_hash
 from u2a.experiment.protocol import load_protocol, task_config
 
 ARMS = {
@@ -62,6 +62,8 @@ def set_in(*keys: str, value: object):
         set_in("tasks", "tiny", "set", value=["data.max_length=100"]),
         set_in("families", value={"f": {"contrasts": [["a", "b"]]}}),
         set_in("margins", value={"reward": 0.1}),
+        set_in("arms", "a", "up_to", value=0.5),
+        set_in("statements", value={"s": {"rule": "cheaper", "arms": ["a", "b"], "spent": "cpu_seconds"}}),
     ],
 )
 def test_everything_that_decides_a_number_or_a_test_changes_the_hash(tmp_path: Path, change) -> None:
@@ -81,6 +83,13 @@ def test_the_content_of_files_changes_the_hash(tmp_path: Path, name: str) -> Non
         raw[-3] ^= 1
         file.write_bytes(raw)
     assert protocol_hash(load_protocol(path)) != before
+
+
+def test_young_options_at_their_defaults_change_no_hash_of_a_kept_protocol(tmp_path: Path) -> None:
+    statements = set_in("statements", value={"s": {"rule": "cheaper", "arms": ["a", "b"]}})
+    document = frozen(load_protocol(changed(write_experiment(tmp_path, ARMS), statements))).document
+    assert "up_to" not in document["arms"]["a"] and "spent" not in document["statements"]["s"]
+    assert "trials" in document["arms"]["a"] and "at_most" in document["statements"]["s"]
 
 
 def test_a_place_for_results_changes_nothing(tmp_path: Path) -> None:
@@ -123,6 +132,12 @@ BAD = {
     "tuned on itself": (set_in("tasks", "tiny", "tuned_on", value="tiny"), "'tiny' is no task that is tuned itself"),
     "seed of both": (set_in("tuning", value={"seeds": [0], "level": 1.0}), "not in tuning.seeds"),
     "wrong type": (set_in("measure", "prompts", value="many"), "measure.prompts: .*got 'many'"),
+    "up to no level": (set_in("arms", "a", "up_to", value=0.7), "arms.a.up_to: 0.7 is none of budgets.levels"),
+    "tuned beyond": (set_in("arms", "b", "up_to", value=0.5), "arms.b.up_to: 0.5 is below tuning.level"),
+    "tested beyond": (
+        lambda tree: tree["arms"]["a"].update(up_to=0.5) or tree.update(families={"f": {"contrasts": [["a", "b"]]}}),
+        "families.f.level: 1 is more than arm a is run up to",
+    ),
     "name": (set_in("arms", "a/b", value={"method": "full"}), "made of letters"),
 }
 

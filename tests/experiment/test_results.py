@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fake_cells import cells, protocol
+from fake_cells import SEEDS, cell, cells, protocol
 from u2a.errors import ConfigError
 from u2a.experiment.analysis import analyse
+from u2a.experiment.estimates import Cells
 from u2a.experiment.frozen import Replaced
 from u2a.experiment.protocol import Protocol
 from u2a.experiment.results import write_results
@@ -53,6 +54,37 @@ def test_cheaper_means_as_much_for_a_share_of_the_budget(at_most: float, finding
     assert verdict.finding == finding
     shares = [float(part) for part in verdict.why.split(": ")[1].split(", ")]
     assert len(shares) == 6 and all(0.01 < share <= 0.25 for share in shares)
+
+
+@pytest.mark.parametrize(("speed", "finding"), [(1.0, "shown"), (0.01, "refuted")])
+def test_cheaper_in_seconds_reads_what_the_processor_spent(speed: float, finding: str) -> None:
+    declared = statement(rule="cheaper", arms=["a", "b"], at_most=0.3, spent="cpu_seconds")
+    results = [cell("a", seed, 8.0, speed=speed) for seed in SEEDS] + [cell("b", seed, 0.5) for seed in SEEDS]
+    found = cells({})
+    found = Cells(results, found.groups, found.starts)
+    verdict = judge(declared, found, ())[0]
+    assert verdict.finding == finding and "b's CPU seconds" in verdict.why
+    budget = judge(statement(rule="cheaper", arms=["a", "b"], at_most=0.3), found, ())[0]
+    assert budget.finding == "shown"  # whatever the seconds
+
+
+def test_an_arm_that_ends_early_is_read_at_the_levels_it_has(tmp_path: Path) -> None:
+    arms = {"a": {"method": "full", "up_to": 1.0}, "b": {"method": "random_k"}}
+    declared = protocol(arms=arms, families={}, budgets={"levels": [1.0, 4.0], "full": [1.0, 4.0]})
+    found = cells({"b": 0.5})
+    found = Cells([*found.results, *(cell("a", seed, 8.0, up_to=1.0) for seed in SEEDS)], found.groups, found.starts)
+    figures = analyse(declared, "h", found)
+    assert {arm.arm: [at.level for at in arm.levels] for arm in figures.tasks["one"].arms} == {
+        "a": [1.0],
+        "b": [1.0, 4.0],
+    }
+    write_results(declared, figures, (), tmp_path)
+    task = json.loads((tmp_path / "main.json").read_text())["tasks"]["one"]
+    for arm, level in (("a", 0), ("b", 1)):
+        assert task[arm]["preference_margin"] == task[arm]["levels"][level]["metrics"]["preference_margin"]
+    share = statement(rule="cheaper", arms=["a", "b"], at_most=0.25)
+    verdict = judge(share, found, ())[0]
+    assert verdict.finding == "shown"  # at most level 1 of b's 4
 
 
 def test_an_arm_that_never_gets_there_refutes_that_it_is_cheaper() -> None:

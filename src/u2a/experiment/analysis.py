@@ -171,7 +171,7 @@ def _arm(protocol: Protocol, cells: Cells, task: str, arm: str) -> ArmFigures:
         phases=_mean_by_name([cell.spent.flops for cell in fine]),
         phase_seconds=_mean_by_name([cell.spent.seconds for cell in fine]),
         area=_area(cells, task, fine),
-        levels=tuple(_level(cells, task, fine, k) for k in range(len(protocol.budgets.levels))) if fine else (),
+        levels=tuple(_level(cells, task, fine, k) for k in range(len(protocol.levels_of(arm)))) if fine else (),
     )
 
 

@@ -14,6 +14,9 @@ from u2a.errors import RecordError
 from u2a.experiment.protocol import Protocol, decisive, task_config
 from u2a.record import Record, Row, content_id
 
+# Options younger than protocols that are kept somewhere: at their defaults they are left out, and change no hash.
+_YOUNGER = (("arms", "up_to", None), ("statements", "spent", "budget"))
+
 
 class Replaced(Row):
     """A protocol that stood in the folder before.
@@ -55,6 +58,10 @@ def frozen(protocol: Protocol) -> FrozenProtocol:
         Document and hash; equal on every machine with equal files, whatever the paths.
     """
     document = protocol.model_dump(mode="json", exclude={"output_dir", "tasks"})
+    for part, name, default in _YOUNGER:
+        for section in document[part].values():
+            if section[name] == default:
+                del section[name]
     document["tasks"] = {name: decisive(task_config(protocol, name, 0)) for name in protocol.tasks}
     document["version"] = __version__
     return FrozenProtocol(hash=content_id(json.dumps(document, sort_keys=True)), document=document)

@@ -155,7 +155,8 @@ class Plan:
                 return None
             trial = tuned.trial
         protocol, arm, place = self.protocol, self.protocol.arms[slot.arm], self.place(slot)
-        levels, full = protocol.budgets.levels, protocol.budgets.full
+        levels = protocol.levels_of(slot.arm)
+        full = [level for level in protocol.budgets.full if level in levels]
         if place.split == "dev":  # no more than the choice needs
             levels = [level for level in levels if level <= protocol.tuning.level]
             full = [protocol.tuning.level] if protocol.tuning.metric == "reward" else []

@@ -40,6 +40,7 @@ class ArmSection(Section):
     tasks: list[str] | None = option(None, "tasks it is run on (null: all)")
     seeds: Count | None = option(None, "run on this many of a task's seeds, the first ones (null: all)")
     trials: list[dict[str, float]] = option([{}], "hyperparameters by name; of several the tuning rule chooses one")
+    up_to: Positive | None = option(None, "run it up to this budget level (null: the last one)")
 
 
 class BudgetSection(Section):
@@ -93,7 +94,8 @@ class StatementSection(Section):
     metric: Literal["preference_margin", "preference_accuracy", "reward"] = option(
         "preference_margin", "cheaper: in what"
     )
-    at_most: Positive = option(0.1, "cheaper: with at most this share of the other's budget")
+    at_most: Positive = option(0.1, "cheaper: with at most this share of what the other one has spent")
+    spent: Literal["budget", "cpu_seconds"] = option("budget", "cheaper: what is compared")
 
 
 class Protocol(Section):
@@ -150,6 +152,18 @@ class Protocol(Section):
             The first ones of all seeds.
         """
         return self.seeds[: self.tasks[task].seeds][: self.arms[arm].seeds]
+
+    def levels_of(self, arm: str) -> list[float]:
+        """The budget levels of an arm.
+
+        Args:
+            arm: its name.
+
+        Returns:
+            Rising; all, or those up to its ``up_to``.
+        """
+        most = self.arms[arm].up_to
+        return [level for level in self.budgets.levels if most is None or level <= most]
 
     def tasks_of(self, arm: str) -> list[str]:
         """The tasks of an arm.
@@ -211,6 +225,15 @@ def _level_problems(protocol: Protocol) -> Iterator[str]:
         yield "budgets.full: each must be one of budgets.levels"
     if protocol.tunes and protocol.tuning.level not in levels:
         yield f"tuning.level: {protocol.tuning.level:g} is none of budgets.levels"
+    for name, arm in protocol.arms.items():
+        if arm.up_to is not None and arm.up_to not in levels:
+            yield f"arms.{name}.up_to: {arm.up_to:g} is none of budgets.levels"
+        elif len(arm.trials) > 1 and arm.up_to is not None and arm.up_to < protocol.tuning.level:
+            yield f"arms.{name}.up_to: {arm.up_to:g} is below tuning.level"
+    for name, family in protocol.families.items():
+        arms = sorted({arm for pair in family.contrasts for arm in pair} & set(protocol.arms))
+        short = [arm for arm in arms if (protocol.arms[arm].up_to or family.level) < family.level]
+        yield from (f"families.{name}.level: {family.level:g} is more than arm {arm} is run up to" for arm in short)
 
 
 def load_protocol(path: str | Path) -> Protocol:

@@ -74,15 +74,18 @@ def document(protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Ve
     Returns:
         Per task and arm the figures at every level, and those of the largest full level at the top.
     """
-    level = max(protocol.budgets.full)
+    full = {
+        arm: [level for level in protocol.levels_of(arm) if level in protocol.budgets.full] for arm in protocol.arms
+    }
     tasks = {
-        name: {arm.arm: _arm_entry(arm, level) for arm in task.arms} | {"start": _entry(task.start)}
+        name: {arm.arm: _arm_entry(arm, max(full[arm.arm], default=None)) for arm in task.arms}
+        | {"start": _entry(task.start)}
         for name, task in found.tasks.items()
     }
     return {
         "protocol": found.protocol,
         "machine": machine_text(),
-        "level": level,
+        "level": max(protocol.budgets.full),
         "seeds": list(found.seeds),
         "tasks": tasks,
         "contrasts": [row.model_dump(mode="json") for row in found.contrasts],
@@ -93,9 +96,9 @@ def document(protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Ve
     }
 
 
-def _arm_entry(arm: ArmFigures, level: float) -> dict[str, Any]:
-    at = {found.level: found for found in arm.levels}
-    top = _entry(at[level].metrics) if level in at else {}
+def _arm_entry(arm: ArmFigures, level: float | None) -> dict[str, Any]:
+    """An arm's figures, those at its largest full level at the top."""
+    top = next((_entry(found.metrics) for found in arm.levels if found.level == level), {})
     rest = arm.model_dump(mode="json", exclude={"arm", "levels"})
     return {**top, **rest, "levels": [found.model_dump(mode="json") for found in arm.levels]}
 

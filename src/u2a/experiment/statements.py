@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Literal
 
 from u2a.experiment.analysis import budget_to_reach
+from u2a.experiment.cell import LevelResult
 from u2a.experiment.contrasts import ContrastFigures
 from u2a.experiment.estimates import BY_PROMPT, Cells
 from u2a.experiment.protocol import Protocol, StatementSection
@@ -81,14 +82,21 @@ def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tup
             def mean(values: dict[str, float], task: str = task, seed: int = cell.seed) -> float:
                 return fmean(cells.prompts(task, seed, values).values())
 
-            target = mean(dict(read(ends[cell.seed].levels[-1].measured)))
+            end = ends[cell.seed].levels[-1]
+            target = mean(dict(read(end.measured)))
             curve = [(0.0, mean(dict(read(start))))]
-            curve += [(level.level, mean(dict(read(level.measured)))) for level in cell.levels]
+            curve += [(_spent(section, level), mean(dict(read(level.measured)))) for level in cell.levels]
             reached = budget_to_reach(curve, target)
-            shares.append(None if reached is None else reached / curve[-1][0])
+            shares.append(None if reached is None else reached / _spent(section, end))
     within = [share is not None and share <= section.at_most for share in shares]
     known = [f"{share:.2f}" if share is not None else "not reached" for share in shares]
-    why = f"{first} needs this share of {second}'s budget, by seed: {', '.join(known) or 'no cell'}"
+    unit = section.spent.replace("cpu_seconds", "CPU seconds")
+    why = f"{first} needs this share of {second}'s {unit}, by seed: {', '.join(known) or 'no cell'}"
     if shares and all(within):
         return "shown", why
     return ("refuted" if shares and not any(within) else "not shown"), why
+
+
+def _spent(section: StatementSection, level: LevelResult) -> float:
+    """What an arm had spent at a level."""
+    return level.level if section.spent == "budget" else sum(level.spent.cpu_seconds.values())
