@@ -85,7 +85,8 @@ def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tup
             end = ends[cell.seed].levels[-1]
             target = mean(dict(read(end.measured)))
             curve = [(0.0, mean(dict(read(start))))]
-            curve += [(_spent(section, level), mean(dict(read(level.measured)))) for level in cell.levels]
+            measured = [level for level in cell.levels if read(level.measured)]
+            curve += [(_spent(section, level), mean(dict(read(level.measured)))) for level in measured]
             reached = budget_to_reach(curve, target)
             shares.append(None if reached is None else reached / _spent(section, end))
     within = [share is not None and share <= section.at_most for share in shares]
