@@ -398,6 +398,21 @@ def test_the_search_cut_at_any_call_ends_the_same(
             assert len(before) + len(after) == total, call
 
 
+@pytest.mark.parametrize("place", ["scoring of a batch", "training step", "state of a round"])
+def test_a_search_from_theta_0_finds_the_same_references_after_a_kill(
+    tmp_path: Path, keeps_all: None, place: str
+) -> None:
+    """Its scoring finds them on the way; a resumed process, which has no scoring to do, asks for them."""
+    changes = {"warmup_steps": 0, "adjoint": "identity", "scorer": "backward"}
+    with cut_at(PLACES[place], None) as calls:
+        whole = searched(None, **changes)
+    for call in sorted({len(calls) // 2, len(calls) - 1}):
+        folder = tmp_path / str(call)
+        with cut_at(PLACES[place], call), pytest.raises(Cut):
+            searched(folder, **changes)
+        assert searched(folder, **changes) == whole, call
+
+
 def test_a_search_stopped_after_every_round_in_turn(
     tmp_path: Path, unbroken: tuple[str, str, list[str]], no_request: None
 ) -> None:
