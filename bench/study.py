@@ -25,7 +25,8 @@ from small_world import Meter, make_world, uniform
 
 from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.objective import Margin
-from u2a.bilevel.solve import n_to_select, random_weights, score, solve
+from u2a.bilevel.outcome import random_weights
+from u2a.bilevel.solve import n_to_select, score, solve
 from u2a.config import SolveSection, UnlearnSection
 from u2a.progress import Console
 from u2a.record import content_id, derive_seed, write_whole

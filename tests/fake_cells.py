@@ -35,14 +35,14 @@ def protocol(**more) -> Protocol:
     )
 
 
-def measured(rng: np.random.Generator, shift: float) -> Measured:
+def measured(rng: np.random.Generator, shift: float, full: bool = True) -> Measured:
     margin = {item: float(rng.normal(shift)) for item in GROUPS}
     return Measured(
         margin=margin,
         hit={item: float(value > 0) for item, value in margin.items()},
         retain_nll={"r0": 20.0 + shift, "r1": 10.0},
         retain_tokens={"r0": 10.0, "r1": 6.0},
-        reward={item: float(rng.normal()) for item in list(GROUPS)[:5]},
+        reward={item: float(rng.normal()) for item in list(GROUPS)[:5]} if full else {},
     )
 
 
@@ -61,7 +61,7 @@ def cell(arm: str, seed: int, shift: float, status: str = "ok", up_to: float = 4
             ),
             full=level == 4.0,
             untrained=False,
-            measured=measured(rng, shift * level),
+            measured=measured(rng, shift * level, level == 4.0),
         )
         for level in (1.0, 4.0)
         if level <= up_to

@@ -254,17 +254,13 @@ class Policy:
             self._reference_sums |= {item.key: float(value) for item, value in zip(missing, sums, strict=True)}
         return torch.tensor([self._reference_sums[item.key] for item in encoded])
 
-    def knows_references(self, encoded: Sequence[Encoded]) -> bool:
-        """Whether :meth:`reference_sums` of these sequences needs no forward pass."""
-        return all(item.key in self._reference_sums for item in encoded)
+    def knows_none_of(self, encoded: Sequence[Encoded]) -> bool:
+        """Whether these sequences differ, and :meth:`reference_sums` has been asked for none of them yet."""
+        keys = {item.key for item in encoded}
+        return len(keys) == len(encoded) and keys.isdisjoint(self._reference_sums)
 
     def remember_reference_sums(self, encoded: Sequence[Encoded], sums: Tensor) -> None:
-        """Keep summed log-probabilities that a pass at theta_0 has found on the way.
-
-        Args:
-            encoded: sequences.
-            sums: (n,) theirs at theta_0, finite.
-        """
+        """Keep (n,) summed log-probabilities that a pass at theta_0 has found on the way."""
         self._reference_sums |= {item.key: value for item, value in zip(encoded, sums.float().tolist(), strict=True)}
 
     def at_start(self) -> bool:

@@ -12,7 +12,7 @@ import scipy.stats
 
 from fake_cells import GROUPS, PROMPTS, SEEDS, cells, measured, protocol
 from u2a.errors import ConfigError
-from u2a.experiment.analysis import analyse, area, budget_to_reach
+from u2a.experiment.analysis import analyse, area, break_even
 from u2a.experiment.cell import CellResult
 from u2a.experiment.estimates import Cells, t_interval
 from u2a.experiment.measured import retain_ppl
@@ -133,5 +133,7 @@ def test_perplexity_of_a_collapse_is_undefined() -> None:
 
 def test_curves() -> None:
     assert area([(0.0, 1.0), (2.0, 1.0)]) == 1.0
-    assert budget_to_reach([(0.0, -2.0), (1.0, -1.0), (3.0, 1.0)], 0.5) == 2.5
-    assert budget_to_reach([(0.0, 0.0), (1.0, 0.2)], 0.5) is None
+    late, early = [(0.0, 0.0), (1.0, 0.0), (3.0, 4.0)], [(0.0, 0.0), (1.0, 1.0), (3.0, 2.0)]
+    assert break_even(late, early) == pytest.approx(1.0 + 2.0 / 3.0)
+    assert break_even(early, late) is None
+    assert break_even(late, late) == 0.0

@@ -63,6 +63,7 @@ def set_in(*keys: str, value: object):
         set_in("families", value={"f": {"contrasts": [["a", "b"]]}}),
         set_in("margins", value={"reward": 0.1}),
         set_in("arms", "a", "up_to", value=0.5),
+        set_in("arms", "b", "tuned_by", value="reward"),
         set_in("statements", value={"s": {"rule": "cheaper", "arms": ["a", "b"], "spent": "cpu_seconds"}}),
     ],
 )
@@ -88,7 +89,7 @@ def test_the_content_of_files_changes_the_hash(tmp_path: Path, name: str) -> Non
 def test_young_options_at_their_defaults_change_no_hash_of_a_kept_protocol(tmp_path: Path) -> None:
     statements = set_in("statements", value={"s": {"rule": "cheaper", "arms": ["a", "b"]}})
     document = frozen(load_protocol(changed(write_experiment(tmp_path, ARMS), statements))).document
-    assert "up_to" not in document["arms"]["a"] and "spent" not in document["statements"]["s"]
+    assert not {"up_to", "tuned_by"} & set(document["arms"]["a"]) and "spent" not in document["statements"]["s"]
     assert "trials" in document["arms"]["a"] and "at_most" in document["statements"]["s"]
 
 
@@ -133,6 +134,13 @@ BAD = {
     "seed of both": (set_in("tuning", value={"seeds": [0], "level": 1.0}), "not in tuning.seeds"),
     "wrong type": (set_in("measure", "prompts", value="many"), "measure.prompts: .*got 'many'"),
     "up to no level": (set_in("arms", "a", "up_to", value=0.7), "arms.a.up_to: 0.7 is none of budgets.levels"),
+    "reward of no answers": (
+        lambda tree: (
+            tree["budgets"].update(full=[0.5])
+            or tree.update(statements={"s": {"rule": "cheaper", "arms": ["a", "b"], "metric": "reward"}})
+        ),
+        "statements.s: the last level of arm b is not in budgets.full",
+    ),
     "tuned beyond": (set_in("arms", "b", "up_to", value=0.5), "arms.b.up_to: 0.5 is below tuning.level"),
     "tested beyond": (
         lambda tree: tree["arms"]["a"].update(up_to=0.5) or tree.update(families={"f": {"contrasts": [["a", "b"]]}}),

@@ -53,7 +53,7 @@ def test_cheaper_means_as_much_for_a_share_of_the_budget(at_most: float, finding
     verdict = judge(declared, found, ())[0]
     assert verdict.finding == finding
     shares = [float(part) for part in verdict.why.split(": ")[1].split(", ")]
-    assert len(shares) == 6 and all(0.01 < share <= 0.25 for share in shares)
+    assert shares == [0.25] * 6  # a measured point, nothing before it
 
 
 @pytest.mark.parametrize(("speed", "finding"), [(1.0, "shown"), (0.01, "refuted")])
@@ -85,6 +85,20 @@ def test_an_arm_that_ends_early_is_read_at_the_levels_it_has(tmp_path: Path) -> 
     share = statement(rule="cheaper", arms=["a", "b"], at_most=0.25)
     verdict = judge(share, found, ())[0]
     assert verdict.finding == "shown"  # at most level 1 of b's 4
+
+
+def test_reaching_what_is_no_gain_shows_nothing() -> None:
+    declared = statement(rule="cheaper", arms=["a", "b"], at_most=0.3)
+    verdict = judge(declared, cells({"a": 8.0, "b": -2.0}), ())[0]
+    assert verdict.finding == "not shown" and verdict.why.count("b gained nothing") == 6
+
+
+def test_cheaper_reads_a_reward_where_answers_were_generated() -> None:
+    declared = statement(rule="cheaper", arms=["a", "b"], at_most=1.0, metric="reward")
+    verdict = judge(declared, cells({"a": 8.0, "b": 0.5}), ())[0]
+    assert verdict.finding in ("shown", "refuted", "not shown")
+    shares = [part for part in verdict.why.split(": ")[1].split(", ") if part[0].isdigit()]
+    assert shares == ["1.00"] * len(shares)  # level 4, the only full one
 
 
 def test_an_arm_that_never_gets_there_refutes_that_it_is_cheaper() -> None:

@@ -100,6 +100,9 @@ class OuterProblem:
         return objectives[self.section.objective]
 
 
+_LAYOUT = 2  # of parts on the disk: which columns a scorer keeps, and the order of batches
+
+
 @dataclass(frozen=True)
 class Folds:
     """PA pairs split by prompt.
@@ -263,6 +266,7 @@ def _parts(policy: Policy, inner: InnerProblem, outer: OuterProblem, folds: Fold
         search_id(inner, outer),
         pairs,
         dict(reached.weights),
+        _LAYOUT,
         None if reached.result is None else [reached.result.steps_kept, reached.result.scale],
     ]
     return Parts(outer.checkpoints / "parts", content_id(json.dumps(document, sort_keys=True)))
@@ -359,8 +363,7 @@ def candidate_losses(policy: Policy, inner: InnerProblem) -> CandidateLosses:
     rows = tuple(encode(row.prompt, row.completion, row.source or row.id) for row in inner.forget)
     sums: Tensor | None = torch.zeros(len(rows))
     if inner.loss.needs_reference:
-        free = not policy.knows_references(rows) and policy.at_start()
-        sums = None if free else policy.reference_sums(rows)
+        sums = None if policy.knows_none_of(rows) and policy.at_start() else policy.reference_sums(rows)
     return CandidateLosses(policy, inner.loss, rows, sums, tuple(row.id for row in inner.forget))
 
 

@@ -120,8 +120,9 @@ def _cheapest(losses: CandidateLosses, n_directions: int, backward: bool) -> Sco
         return BatchedBackward()
     if rounds_to_16_bits(losses.policy):
         return ForwardMode()
+    references = 1.0 if losses.reference_sums is None else 0.0  # a pass that these scorers need, and backward not
     costs: list[tuple[Scorer, float]] = [  # from exact to inexact
-        (Central(), 2.0 * n_directions),
+        (Central(), 2.0 * n_directions + references),
         (OneSided(), n_directions + (0.0 if losses.base_is_known() else 1.0)),
     ]
     if backward:

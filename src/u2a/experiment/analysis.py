@@ -56,7 +56,7 @@ class ArmFigures(Row):
         split_half: mean reliability of the gains it ranked by, or None.
         phases: mean FLOPs by phase of the whole cell.
         phase_seconds: mean wall seconds by phase.
-        area: mean preference margin over the start's, averaged over the budget from 0 to the largest level.
+        area: mean preference margin over the start's, averaged over the budget from 0 to the last level of all arms.
         levels: by level.
     """
 
@@ -170,7 +170,7 @@ def _arm(protocol: Protocol, cells: Cells, task: str, arm: str) -> ArmFigures:
         split_half=fmean(defined) if defined else None,
         phases=_mean_by_name([cell.spent.flops for cell in fine]),
         phase_seconds=_mean_by_name([cell.spent.seconds for cell in fine]),
-        area=_area(cells, task, fine),
+        area=_area(cells, task, fine, min(protocol.levels_of(name)[-1] for name in protocol.arms)),
         levels=tuple(_level(cells, task, fine, k) for k in range(len(protocol.levels_of(arm)))) if fine else (),
     )
 
@@ -191,8 +191,8 @@ def _level(cells: Cells, task: str, fine: Sequence[CellResult], k: int) -> Level
     )
 
 
-def _area(cells: Cells, task: str, fine: Sequence[CellResult]) -> float | None:
-    """Mean over seeds of the preference margin's rise over the start, averaged over the budget (trapezoids)."""
+def _area(cells: Cells, task: str, fine: Sequence[CellResult], last: float) -> float | None:
+    """Mean over seeds of the preference margin's rise over the start, averaged over the budget up to a level."""
     areas = []
     for cell in fine:
         begin = cells.starts.get((task, cell.seed))
@@ -200,7 +200,7 @@ def _area(cells: Cells, task: str, fine: Sequence[CellResult]) -> float | None:
             return None
         base = fmean(cells.prompts(task, cell.seed, begin.margin).values())
         points = [(0.0, 0.0)]
-        for found in cell.levels:
+        for found in (level for level in cell.levels if level.level <= last):
             mean = fmean(cells.prompts(task, cell.seed, found.measured.margin).values())
             points.append((found.level, mean - base))
         areas.append(area(points))
@@ -224,26 +224,27 @@ def area(points: Sequence[tuple[float, float]]) -> float:
     return total / (points[-1][0] - points[0][0])
 
 
-def budget_to_reach(points: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Where a curve first reaches a target, by straight lines between its points.
+def break_even(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]) -> float | None:
+    """The budget from which one curve is above another one and stays so, by straight lines between their points.
 
     Args:
-        points: (budget, value), budgets rising.
-        target: value to reach.
+        first: (budget, value), budgets rising.
+        second: the same at the same budgets.
 
     Returns:
-        The budget, or None when it is not reached within the points (censored at the last).
+        The budget; None when the first curve is below the second one at the end.
 
-    >>> budget_to_reach([(0.0, 0.0), (1.0, 0.5), (4.0, 2.0)], 1.0)
-    2.0
+    >>> break_even([(0.0, 0.0), (2.0, 0.0), (4.0, 3.0)], [(0.0, 0.0), (2.0, 1.0), (4.0, 2.0)])
+    3.0
     """
-    for index, (at, value) in enumerate(points):
-        if value >= target:
-            if index == 0:
-                return at
-            before, low = points[index - 1]
-            return before + (at - before) * (target - low) / (value - low)
-    return None
+    leads = [(at, high - low) for (at, high), (_, low) in zip(first, second, strict=True)]
+    behind = [index for index, (_, lead) in enumerate(leads) if lead < 0.0]
+    if not behind:
+        return leads[0][0]
+    if behind[-1] == len(leads) - 1:
+        return None
+    (left, low), (right, high) = leads[behind[-1]], leads[behind[-1] + 1]
+    return left + (right - left) * -low / (high - low)
 
 
 def _mean_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

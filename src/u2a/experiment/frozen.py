@@ -15,7 +15,7 @@ from u2a.experiment.protocol import Protocol, decisive, task_config
 from u2a.record import Record, Row, content_id
 
 # Options younger than protocols that are kept somewhere: at their defaults they are left out, and change no hash.
-_YOUNGER = (("arms", "up_to", None), ("statements", "spent", "budget"))
+_YOUNGER = (("arms", "up_to", None), ("arms", "tuned_by", None), ("statements", "spent", "budget"))
 
 
 class Replaced(Row):

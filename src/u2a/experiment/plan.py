@@ -12,7 +12,7 @@ from u2a.errors import ConfigError
 from u2a.experiment.cell import Cell, CellResult
 from u2a.experiment.claims import is_claimed
 from u2a.experiment.measured import perplexity
-from u2a.experiment.protocol import Protocol, decisive_text, task_config
+from u2a.experiment.protocol import Protocol, TuningSection, decisive_text, task_config
 from u2a.experiment.setting import SettingRecord, Split, Workplace
 from u2a.experiment.tuning import Tuned, choose_trial
 from u2a.record import content_id
@@ -159,7 +159,7 @@ class Plan:
         full = [level for level in protocol.budgets.full if level in levels]
         if place.split == "dev":  # no more than the choice needs
             levels = [level for level in levels if level <= protocol.tuning.level]
-            full = [protocol.tuning.level] if protocol.tuning.metric == "reward" else []
+            full = [protocol.tuning.level] if self._tuning(slot.arm).metric == "reward" else []
         self._cells[slot] = Cell(
             task=slot.task,
             arm=slot.arm,
@@ -207,11 +207,17 @@ class Plan:
                 found.append(CellResult.load(self.path(cell)))
                 start = SettingRecord.load(place.record).start
                 starts[seed] = perplexity(start.retain_nll, start.retain_tokens) or float("inf")
-        choice = choose_trial(self.protocol.tuning, found, starts)
+        choice = choose_trial(self._tuning(arm), found, starts)
         path = self.folder / "tuning" / f"{task}.{arm}.json"
         if not path.exists() or Tuned.load(path) != choice:
             choice.save(path)
         return choice
+
+    def _tuning(self, arm: str) -> TuningSection:
+        """The rule that chooses an arm's trial."""
+        metric = self.protocol.arms[arm].tuned_by
+        section = self.protocol.tuning
+        return section if metric is None else section.model_copy(update={"metric": metric})
 
     def claim(self, name: str) -> Path:
         """The file that says who works on something.

@@ -41,6 +41,9 @@ class ArmSection(Section):
     seeds: Count | None = option(None, "run on this many of a task's seeds, the first ones (null: all)")
     trials: list[dict[str, float]] = option([{}], "hyperparameters by name; of several the tuning rule chooses one")
     up_to: Positive | None = option(None, "run it up to this budget level (null: the last one)")
+    tuned_by: Literal["preference_margin", "preference_accuracy", "reward"] | None = option(
+        None, "choose its trial by this metric (null: tuning.metric)"
+    )
 
 
 class BudgetSection(Section):
@@ -215,6 +218,17 @@ def _statement_problems(protocol: Protocol) -> Iterator[str]:
         if statement.rule == "cheaper":
             unknown = sorted(set(statement.arms) - set(protocol.arms))
             yield from (f"statements.{name}.arms: {arm!r} is no arm" for arm in unknown)
+            if statement.metric == "reward" and not unknown:
+                yield from _unanswered(protocol, name, statement)
+
+
+def _unanswered(protocol: Protocol, name: str, statement: StatementSection) -> Iterator[str]:
+    """``cheaper`` in rewards reads the first arm's full levels, and the second one's last level."""
+    full, (first, second) = set(protocol.budgets.full), statement.arms
+    if not full & set(protocol.levels_of(first)):
+        yield f"statements.{name}: arm {first} has no level in budgets.full, so no reward"
+    if not full & set(protocol.levels_of(second)[-1:]):
+        yield f"statements.{name}: the last level of arm {second} is not in budgets.full, so it has no reward"
 
 
 def _level_problems(protocol: Protocol) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from u2a.console import interval, number
 from u2a.environment import machine_text
-from u2a.experiment.analysis import ArmFigures, ExperimentFigures, LevelFigures, TaskFigures
+from u2a.experiment.analysis import ArmFigures, ExperimentFigures, LevelFigures, TaskFigures, break_even
 from u2a.experiment.contrasts import ContrastFigures
 from u2a.experiment.estimates import Figure
 from u2a.experiment.protocol import Protocol
@@ -72,7 +72,7 @@ def document(protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Ve
         verdicts: on its statements.
 
     Returns:
-        Per task and arm the figures at every level, and those of the largest full level at the top.
+        Per task and arm the figures at every level, and at the top those of its largest full level, named ``level``.
     """
     full = {
         arm: [level for level in protocol.levels_of(arm) if level in protocol.budgets.full] for arm in protocol.arms
@@ -85,7 +85,6 @@ def document(protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Ve
     return {
         "protocol": found.protocol,
         "machine": machine_text(),
-        "level": max(protocol.budgets.full),
         "seeds": list(found.seeds),
         "tasks": tasks,
         "contrasts": [row.model_dump(mode="json") for row in found.contrasts],
@@ -100,7 +99,7 @@ def _arm_entry(arm: ArmFigures, level: float | None) -> dict[str, Any]:
     """An arm's figures, those at its largest full level at the top."""
     top = next((_entry(found.metrics) for found in arm.levels if found.level == level), {})
     rest = arm.model_dump(mode="json", exclude={"arm", "levels"})
-    return {**top, **rest, "levels": [found.model_dump(mode="json") for found in arm.levels]}
+    return {"level": level, **top, **rest, "levels": [found.model_dump(mode="json") for found in arm.levels]}
 
 
 def _entry(metrics: dict[str, Figure]) -> dict[str, Any]:
@@ -185,8 +184,32 @@ def _task(protocol: Protocol, name: str, task: TaskFigures, figures: Sequence[st
         start = ["start", "-", *(_cell(task.start.get(key)) for key in columns), "0", "0", ""]
         rows = [start, *(_row(arm, found, columns, task.unit_flops or math.nan) for arm, found in shown)]
         lines += [f"### At level {level:g}", "", *table(head, rows)]
+    lines += _break_evens(protocol, task)
     lines += [text for path in figures for text in (f"![{path.removesuffix('.svg')}]({path})", "")]
     return lines
+
+
+def _break_evens(protocol: Protocol, task: TaskFigures) -> list[str]:
+    """From which budget on the first arm of each contrast has the higher mean margin."""
+    start = task.start.get("preference_margin")
+    curves = {arm.arm: _points(arm, "preference_margin", start) for arm in task.arms}
+    pairs = dict.fromkeys(pair for family in protocol.families.values() for pair in family.contrasts)
+    parts = []
+    for first, second in pairs:
+        both = curves.get(first, []), curves.get(second, [])
+        if protocol.arms[second].method == "original" or len(both[0]) < 2 or len(both[0]) != len(both[1]):
+            continue
+        at = break_even(*both)
+        parts.append(f"{first} over {second} " + ("not within these budgets" if at is None else f"from {at:.1f} on"))
+    return [f"Break-even of the mean preference margin, in passes: {'; '.join(parts)}.", ""] if parts else []
+
+
+def _points(arm: ArmFigures, metric: str, start: Figure | None) -> list[tuple[float, float]]:
+    """(budget, value) of an arm from the start on; empty where a value is missing."""
+    figures = [start, *(found.metrics.get(metric) for found in arm.levels)]
+    values = [figure.value for figure in figures if figure is not None and figure.value is not None]
+    levels = [0.0, *(found.level for found in arm.levels)]
+    return list(zip(levels, values, strict=True)) if len(values) == len(levels) else []
 
 
 def _row(arm: ArmFigures, found: LevelFigures, columns: Sequence[str], unit: float) -> list[str]:

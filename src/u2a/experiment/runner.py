@@ -63,12 +63,12 @@ class Runner:
             method(self.plan.protocol.arms[slot.arm].method)  # an unknown one is refused before anything is run
         total = len(left)
         while left:
-            before = len(left)
-            for slot in list(left):
+            for slot in left:
                 stopping.check()
                 if self._try(slot, total - len(left), total):
-                    left.remove(slot)
-            if len(left) == before:
+                    left.remove(slot)  # and from the first one again: some may have waited for it
+                    break
+            else:
                 time.sleep(WAIT_S)
 
     def _try(self, slot: Slot, done: int, total: int) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
-from u2a.experiment.analysis import budget_to_reach
 from u2a.experiment.cell import LevelResult
 from u2a.experiment.contrasts import ContrastFigures
 from u2a.experiment.estimates import BY_PROMPT, Cells
+from u2a.experiment.measured import Measured
 from u2a.experiment.protocol import Protocol, StatementSection
 from u2a.record import Row
 
@@ -68,34 +68,38 @@ def _by_contrasts(section: StatementSection, rows: Sequence[ContrastFigures]) ->
 
 
 def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tuple[Finding, str]:
-    """Whether the first arm reaches what the second one has in the end with at most a share of its budget."""
+    """Whether the first arm reaches what the second one has in the end with at most a share of what that one spent.
+
+    Only measured points count, nothing between them. A second arm that ends no higher than the start shows nothing.
+    """
     first, second = section.arms
+    read = BY_PROMPT[section.metric]
     shares: list[float | None] = []
+    known: list[str] = []
     for task in protocol.tasks:
-        ends = {cell.seed: cell for cell in cells.of(task, second) if cell.status == "ok"}
+        ends = {cell.seed: cell.levels[-1] for cell in cells.of(task, second) if cell.status == "ok"}
         for cell in cells.of(task, first):
             start = cells.starts.get((task, cell.seed))
             if cell.status != "ok" or cell.seed not in ends or start is None:
                 continue
-            read = BY_PROMPT[section.metric]
 
-            def mean(values: dict[str, float], task: str = task, seed: int = cell.seed) -> float:
-                return fmean(cells.prompts(task, seed, values).values())
+            def mean(measured: Measured, task: str = task, seed: int = cell.seed) -> float:
+                return fmean(cells.prompts(task, seed, dict(read(measured))).values())
 
-            end = ends[cell.seed].levels[-1]
-            target = mean(dict(read(end.measured)))
-            curve = [(0.0, mean(dict(read(start))))]
-            measured = [level for level in cell.levels if read(level.measured)]
-            curve += [(_spent(section, level), mean(dict(read(level.measured)))) for level in measured]
-            reached = budget_to_reach(curve, target)
-            shares.append(None if reached is None else reached / _spent(section, end))
+            end = ends[cell.seed]
+            target = mean(end.measured)
+            if target <= mean(start):
+                known.append(f"{second} gained nothing")
+                continue
+            there = [level for level in cell.levels if read(level.measured) and mean(level.measured) >= target]
+            shares.append(_spent(section, there[0]) / _spent(section, end) if there else None)
+            known.append("not reached" if shares[-1] is None else f"{shares[-1]:.2f}")
     within = [share is not None and share <= section.at_most for share in shares]
-    known = [f"{share:.2f}" if share is not None else "not reached" for share in shares]
     unit = section.spent.replace("cpu_seconds", "CPU seconds")
     why = f"{first} needs this share of {second}'s {unit}, by seed: {', '.join(known) or 'no cell'}"
-    if shares and all(within):
-        return "shown", why
-    return ("refuted" if shares and not any(within) else "not shown"), why
+    if not shares or len(shares) < len(known):
+        return "not shown", why
+    return ("shown" if all(within) else "not shown" if any(within) else "refuted"), why
 
 
 def _spent(section: StatementSection, level: LevelResult) -> float:

@@ -148,14 +148,17 @@ class Workload:
     def _selection(self) -> None:
         section, inner = self.config.solve, self.inner
         self._add("reference")
-        if inner.loss.needs_reference and (section.warmup_steps or section.adjoint != "identity"):
+        at_start = section.warmup_steps == 0 and section.adjoint == "identity" and self.config.model.adapter.enabled
+        if inner.loss.needs_reference and not (at_start and section.scorer in ("auto", "backward")):
             self._reference("reference", self._rows(inner.forget))
         if section.objective == "dpo":
             self._reference("reference", [row for pair in self.partition.preference for row in self._both(pair)])
         if section.warmup_steps:
             self._inner_run("warm-up", inner.shortened(section.warmup_steps), inner.uniform())
-        most = n_to_select(inner, self.outer)
-        between = _with_steps(inner, section.inner_steps or inner.section.max_steps)
+        most, between = (
+            n_to_select(inner, self.outer),
+            _with_steps(inner, section.inner_steps or inner.section.max_steps),
+        )
         block = math.ceil(most / section.rounds)
         judged = section.judges_rounds(section.heldout_frac > 0 or self.config.reward.model != "none")
         for index in range(section.rounds):
