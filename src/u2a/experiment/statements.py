@@ -68,10 +68,7 @@ def _by_contrasts(section: StatementSection, rows: Sequence[ContrastFigures]) ->
 
 
 def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tuple[Finding, str]:
-    """Whether the first arm reaches what the second one has in the end with at most a share of what that one spent.
-
-    Only measured points count, nothing between them. A second arm that ends no higher than the start shows nothing.
-    """
+    """Whether the first arm reaches what the second one has in the end with at most a share of what that one spent."""
     first, second = section.arms
     read = BY_PROMPT[section.metric]
     shares: list[float | None] = []
@@ -86,7 +83,7 @@ def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tup
             def mean(measured: Measured, task: str = task, seed: int = cell.seed) -> float:
                 return fmean(cells.prompts(task, seed, dict(read(measured))).values())
 
-            end = ends[cell.seed]
+            end = ends[cell.seed]  # points that were measured count, and nothing between them
             target = mean(end.measured)
             if target <= mean(start):
                 known.append(f"{second} gained nothing")
