@@ -155,11 +155,8 @@ class Workload:
             self._reference("reference", [row for pair in self.partition.preference for row in self._both(pair)])
         if section.warmup_steps:
             self._inner_run("warm-up", inner.shortened(section.warmup_steps), inner.uniform())
-        most, between = (
-            n_to_select(inner, self.outer),
-            _with_steps(inner, section.inner_steps or inner.section.max_steps),
-        )
-        block = math.ceil(most / section.rounds)
+        between = _with_steps(inner, section.inner_steps or inner.section.max_steps)
+        block = math.ceil((most := n_to_select(inner, self.outer)) / section.rounds)
         judged = section.judges_rounds(section.heldout_frac > 0 or self.config.reward.model != "none")
         for index in range(section.rounds):
             self._gains(inner)
