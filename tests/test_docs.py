@@ -71,6 +71,15 @@ def test_the_file_tree_of_the_readme_is_the_repository() -> None:
     assert sorted((modules | pages | scripts) - set(paths)) == [], "files that the README does not name"
 
 
+@pytest.mark.parametrize("name", ["findings", "which_method"])
+def test_every_figure_of_a_finding_stands_in_a_table_that_a_command_wrote(name: str) -> None:
+    tables = [ROOT / "docs" / "results", ROOT / "bench" / "results"]
+    files = [path for folder in tables for path in folder.rglob("*") if path.suffix in (".md", ".json")]
+    known = {number for path in files for number in re.findall(r"\d+\.\d+", path.read_text(encoding="utf-8"))}
+    figures = re.findall(r"\d+\.\d+", prose(ROOT / "docs" / f"{name}.md"))
+    assert [figure for figure in figures if figure not in known] == []
+
+
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
