@@ -42,8 +42,13 @@ def test_a_statement_follows_its_contrasts(rule: str, shifts: dict[str, float], 
 
 
 def test_nothing_run_shows_nothing() -> None:
-    declared = statement(rule="better", family="main")
-    assert judge(declared, cells({}), ())[0].finding == "not shown"
+    declared, nothing = statement(rule="better", family="main"), cells({})
+    assert judge(declared, nothing, ())[0].finding == "not run"
+    contrasts = analyse(declared, "h", nothing).contrasts
+    assert {row.verdict for row in contrasts} == {"not run"}
+    assert judge(declared, nothing, contrasts)[0].finding == "not run"
+    race = statement(rule="cheaper", arms=["a", "b"])
+    assert judge(race, nothing, ())[0].finding == judge(race, cells({"a": 1.0}), ())[0].finding == "not run"
 
 
 @pytest.mark.parametrize(("at_most", "finding"), [(0.3, "shown"), (0.01, "refuted")])
@@ -133,7 +138,7 @@ def test_files_hold_every_figure(tmp_path: Path) -> None:
         if line.startswith("!["):
             assert (tmp_path / line.split("(")[1].rstrip(")")).exists()
     widths = [line.count("|") for line in page.splitlines() if line.startswith("| start") or line.startswith("| a ")]
-    assert len(set(widths)) == 1
+    assert widths[0::2] == widths[1::2] and widths[0] < widths[2]  # rewards at the full level only
 
 
 def test_a_statement_may_rest_on_some_contrasts_of_a_family() -> None:

@@ -26,7 +26,8 @@ class ContrastFigures(Row):
         p_holm: the same, corrected over all tests of the family.
         margin: largest difference that does not matter, declared beforehand, or None.
         equivalent: whether two one-sided tests over seeds show the difference to be within it; None without.
-        verdict: ``better``, ``worse`` (the interval excludes 0 and p_holm <= 0.05), ``equivalent``, ``not shown``.
+        verdict: ``better``, ``worse`` (the interval excludes 0 and p_holm <= 0.05), ``equivalent``, ``not shown``, or
+            ``not run``.
             Nothing is shown where seeds were lost, or by an arm that nothing was done to in any seed.
     """
 
@@ -47,7 +48,7 @@ class ContrastFigures(Row):
     p_holm: float | None = None
     margin: float | None = None
     equivalent: bool | None = None
-    verdict: str = "not shown"
+    verdict: str = "not run"
 
 
 def family_contrasts(name: str, family: FamilySection, protocol: Protocol, cells: Cells) -> list[ContrastFigures]:
@@ -132,8 +133,8 @@ def _untrained(side: Mapping[int, LevelResult], means: Mapping[str, float]) -> i
 
 
 def _verdict(row: ContrastFigures, p_holm: float | None) -> str:
-    if row.n_lost:
-        return "not shown"
+    if row.n_lost or not row.n_seeds:
+        return "not shown" if row.n_lost else "not run"
     if row.low is not None and row.high is not None and p_holm is not None and p_holm <= 0.05:
         lower = row.metric in LOWER_IS_BETTER
         side = "better" if (row.low > 0) != lower else "worse"

@@ -179,6 +179,8 @@ def _task(protocol: Protocol, name: str, task: TaskFigures, figures: Sequence[st
     lines = [f"## Task {name}", "", f"One unit of the budget: {unit}.", ""]
     for level in protocol.budgets.levels:
         shown = [(arm, found) for arm in task.arms for found in arm.levels if found.level == level]
+        if not shown:
+            continue
         columns = [key for key in COLUMNS if any(key in found.metrics for _, found in shown)]
         head = ["arm", "seeds", *(COLUMNS[key] for key in columns), "passes", "CPU s", "remark"]
         start = ["start", "-", *(_cell(task.start.get(key)) for key in columns), "0", "0", ""]

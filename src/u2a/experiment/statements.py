@@ -13,7 +13,7 @@ from u2a.experiment.measured import Measured
 from u2a.experiment.protocol import Protocol, StatementSection
 from u2a.record import Row
 
-Finding = Literal["shown", "not shown", "refuted"]
+Finding = Literal["shown", "not shown", "refuted", "not run"]
 
 
 class Verdict(Row):
@@ -22,7 +22,7 @@ class Verdict(Row):
     Attributes:
         name: of the statement.
         text: the statement.
-        finding: ``shown``, ``not shown`` or ``refuted``, at this scale.
+        finding: ``shown``, ``not shown`` or ``refuted``, at this scale; ``not run`` where there is nothing to judge by.
         why: the figures behind it, in one line.
     """
 
@@ -62,6 +62,8 @@ def _by_contrasts(section: StatementSection, rows: Sequence[ContrastFigures]) ->
     wanted = {"better"} if section.rule == "better" else {"better", "equivalent"}
     parts = [f"{row.task}: {row.first} - {row.second} {row.verdict}" for row in rows]
     why = "; ".join(parts) or "no contrast"
+    if set(verdicts) <= {"not run"}:
+        return "not run", why
     if "worse" in verdicts:
         return "refuted", why
     return ("shown" if rows and set(verdicts) <= wanted else "not shown"), why
@@ -94,8 +96,8 @@ def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tup
     within = [share is not None and share <= section.at_most for share in shares]
     unit = section.spent.replace("cpu_seconds", "CPU seconds")
     why = f"{first} needs this share of {second}'s {unit}, by seed: {', '.join(known) or 'no cell'}"
-    if not shares or len(shares) < len(known):
-        return "not shown", why
+    if len(shares) < len(known) or not known:
+        return "not shown" if known else "not run", why
     return ("shown" if all(within) else "not shown" if any(within) else "refuted"), why
 
 
