@@ -72,6 +72,9 @@ class DecoderPolicy:
     def theta0(self) -> Params:
         return self.model.start
 
+    def at_start(self) -> bool:
+        return all(torch.equal(value, self.theta0[name]) for name, value in self.trainable().items())
+
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         return collate(rows, PAD)
 

@@ -161,7 +161,7 @@ class CandidateLosses:
         """
         if self.known is None and not self._at_reference():
             return self.values(advance, "base")
-        values = losses_at_reference(self.with_references()) if self.known is None else self.known
+        values = losses_at_reference(self) if self.known is None else self.known
         advance.advance(len(self.rows))
         self.check(values)
         return values
@@ -203,7 +203,8 @@ def losses_at_reference(losses: CandidateLosses) -> Tensor:
     Returns:
         (n,) float64 on the CPU.
     """
-    sums = losses.reference_sums if losses.loss.needs_reference else losses.policy.reference_sums(losses.rows)
+    sums = losses.reference_sums if losses.loss.needs_reference else None
+    sums = losses.policy.reference_sums(losses.rows) if sums is None else sums
     counts = torch.tensor([row.n_answer for row in losses.rows])
     mask = torch.arange(int(counts.max())) < counts[:, None]
     token = torch.zeros(mask.shape, dtype=torch.float64)
