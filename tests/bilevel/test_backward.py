@@ -170,6 +170,10 @@ def test_every_attention_kernel_gives_the_same(attention: str):
         assert float((slopes(losses, u) - true).norm() / true.norm()) < 2e-5
 
 
+def test_it_is_supported_whatever_the_token_budget():
+    assert supports(small_policy(token_budget=1))
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 UNSUPPORTED: dict[str, Any] = {

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from u2a.bilevel.candidates import CandidateLosses, Slopes
 from u2a.encoding import Encoded
 from u2a.errors import ModelError
-from u2a.modeling import Params, Policy, evaluation_mode
+from u2a.modeling import Params, Policy, answer_log_probs, evaluation_mode
 from u2a.progress import Advance
 
 # peft's layers whose change is s B A x and no more; the last two exist with bitsandbytes only.
@@ -139,7 +139,8 @@ def supports(policy: Policy) -> bool:
         for module, *_ in layers:
             hook = module.register_forward_pre_hook(lambda _, args: shapes.append(_has_rows(args[0], 2)))
             stack.callback(hook.remove)
-        policy.answer_sums([Encoded((end, end, end), 1)] * 2)
+        with evaluation_mode(policy.model), torch.no_grad():  # in one batch, whatever the token budget
+            answer_log_probs(policy.model, policy.collate([Encoded((end, end, end), 1)] * 2))
     return all(shapes)
 
 

@@ -100,9 +100,6 @@ class OuterProblem:
         return objectives[self.section.objective]
 
 
-_LAYOUT = 2  # of parts on the disk: which columns a scorer keeps, and the order of batches
-
-
 @dataclass(frozen=True)
 class Folds:
     """PA pairs split by prompt.
@@ -254,6 +251,9 @@ def compute_gains(
         scorer_error=found.error,
     )
     return Gains(table, statistics, estimates)
+
+
+_LAYOUT = 2  # of parts on the disk: which columns a scorer keeps, and the order of batches
 
 
 def _parts(policy: Policy, inner: InnerProblem, outer: OuterProblem, folds: Folds, reached: Reached) -> Parts:
