@@ -31,7 +31,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 help:
 	@echo "make demo    run all stages on the demo data, on the CPU"
 	@echo "make test    run the tests (not those marked slow, gpu or network)"
-	@echo "make faults   inject every fault of docs/trust.md and count what held (about an hour)"
+	@echo "make faults   inject every fault of docs/trust.md and count what held (half an hour or more)"
 	@echo "make test-environment  the tests without network and home, in the C locale, under paths with spaces"
 	@echo "make notebooks  run the notebooks in examples/ and keep what they print"
 	@echo "make lint    check style and types"

@@ -211,7 +211,7 @@ def test_the_page_on_python_runs_from_top_to_bottom(folder: Path) -> None:
 
 def test_the_other_python_blocks_are_valid_and_pass_known_arguments(folder: Path) -> None:
     known = {"align": u2a.align, "UnlearnTrainer": u2a.UnlearnTrainer, "UnlearnConfig": u2a.UnlearnConfig}
-    for page in ("README.md", "docs/coming_from_trl.md"):
+    for page in ("README.md", "docs/coming_from_trl.md", "docs/which_method.md"):
         for block in blocks(page, "python"):
             compile(block, page, "exec")
             for name, arguments in re.findall(
@@ -236,6 +236,15 @@ def test_sample_rows_are_read(tmp_path: Path) -> None:
 
 
 def test_the_sample_configuration_is_valid(tmp_path: Path) -> None:
+    (readme,) = blocks("README.md", "yaml")
+    (tmp_path / "readme.yaml").write_text(readme, encoding="utf-8")
+    config = load_config(tmp_path / "readme.yaml")
+    assert (config.data.pairs, config.data.retain) == tuple(
+        str(tmp_path / f"{n}.jsonl") for n in ("pairs", "instructions")
+    )
+    for number, block in enumerate(blocks("docs/which_method.md", "yaml")):
+        (tmp_path / f"method{number}.yaml").write_text(block, encoding="utf-8")
+        assert load_config(tmp_path / f"method{number}.yaml").unlearn.loss == "npo"
     for number, block in enumerate(blocks("docs/data.md", "yaml")):
         (tmp_path / f"{number}.yaml").write_text(block, encoding="utf-8")
         assert yaml.safe_load(block)

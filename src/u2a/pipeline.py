@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -260,13 +260,16 @@ class Pipeline:
         delete(checkpoints)
         return record
 
-    def solution(self) -> Solution:
+    def solution(self, on_scores: Callable[[ScoreTable], None] | None = None) -> Solution:
         """Stage 3: the weights.
+
+        Args:
+            on_scores: told the first scores before anything is chosen by them, unless an earlier process did that.
 
         Returns:
             The solution; also ``solution.json``.
         """
-        record = self._stage("solve", "solution", Solution, self._solve_key, self._solve)
+        record = self._stage("solve", "solution", Solution, self._solve_key, partial(self._solve, on_scores))
         delete(self._checkpoints("solve", self._solve_key))
         return record
 
@@ -284,9 +287,9 @@ class Pipeline:
         inner = config.unlearn.model_dump(exclude={"report_to", "save_minutes", "save_steps"})
         return [self._reward_options, config.solve.model_dump(), inner, config.guard.model_dump()]
 
-    def _solve(self) -> Solution:
+    def _solve(self, on_scores: Callable[[ScoreTable], None] | None) -> Solution:
         outer = replace(self.outer, checkpoints=self._checkpoints("solve", self._solve_key))
-        return solve(self._inner_solver, self.inner, outer, self.console, self.store.log_round)
+        return solve(self._inner_solver, self.inner, outer, self.console, self.store.log_round, on_scores)
 
     def arm_weights(self, arm: str) -> dict[str, float] | None:
         """Weights of one arm; every control has as many samples as the solution.

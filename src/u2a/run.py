@@ -37,6 +37,7 @@ from u2a.reward.cluster import candidate_clusters
 from u2a.robustness.table import markdown as robustness_markdown
 from u2a.run_lock import locked
 from u2a.run_records import RunRecords
+from u2a.solution import ScoreTable, Solution
 from u2a.unlearn import InnerProblem
 
 
@@ -208,8 +209,7 @@ def _all_stages(pipeline: Pipeline) -> Result:
     evaluation = EvaluationStage(pipeline)  # reads and checks all data before any model is loaded
     write_run_yaml(config, folder / "run.yaml", pipeline.partition.fingerprint)
     pipeline.rewards()
-    solution = pipeline.solution()
-    console.say(reliability_text(solution.scores.reliability))
+    solution = _solved(pipeline)
     for arm in arms_of(config):  # the solution first: its inner run is often the last one of the selection
         pipeline.unlearn_arm(arm)
     table = evaluation.table()
@@ -233,6 +233,20 @@ def _all_stages(pipeline: Pipeline) -> Result:
         console.say(text)
         console.say()
     return Result(records, pipeline.policy, folder)
+
+
+def _solved(pipeline: Pipeline) -> Solution:
+    """The solution; how far its gains can be believed is said before anything is chosen by them."""
+    told: list[ScoreTable] = []
+
+    def tell(table: ScoreTable) -> None:
+        pipeline.console.say(reliability_text(table.reliability))
+        told.append(table)
+
+    solution = pipeline.solution(tell)
+    if not told:  # chosen by an earlier process
+        tell(solution.scores)
+    return solution
 
 
 def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
@@ -264,7 +278,7 @@ def _one_stage(pipeline: Pipeline, stage: str) -> None:
     elif stage == "score":
         console.say(reliability_text(pipeline.scores().reliability))
     elif stage == "solve":
-        console.say(selection_text(pipeline.solution()))
+        console.say(selection_text(_solved(pipeline)))
     elif stage == "unlearn":
         for arm in arms_of(config):
             pipeline.unlearn_arm(arm)

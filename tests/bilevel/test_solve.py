@@ -21,7 +21,7 @@ from u2a.config import SolveSection
 from u2a.errors import ConfigError, DataError, NonFiniteError
 from u2a.modeling import Policy
 from u2a.record import derive_seed
-from u2a.solution import Round
+from u2a.solution import Round, ScoreTable
 from u2a.types import Pair
 from u2a.unlearn import InnerProblem, InnerSolver
 
@@ -49,6 +49,19 @@ def test_weights_are_on_the_simplex_and_the_limit_is_never_exceeded(k: int, roun
     assert sum(len(entry.added) for entry in told) <= k
     assert found.fallback == "none"
     assert all(row.reason == "selected" for row in found.rows if row.weight > 0)
+
+
+def test_the_first_scores_are_told_once_and_before_anything_is_chosen():
+    told: list[ScoreTable | Round] = []
+    problem = outer(n_selected=3, rounds=2, patience=9)
+    found = solve(InnerSolver(tiny_policy()), INNER, problem, QUIET, told.append, told.append)
+    assert [type(item) for item in told] == [ScoreTable, *[Round] * len(found.rounds)]
+    assert told[0].reliability.split_half == found.rounds[0].split_half
+    nothing: list[ScoreTable] = []
+    fell_back = solve(
+        InnerSolver(tiny_policy()), INNER, outer(noise(1), fallback="random_k"), QUIET, None, nothing.append
+    )
+    assert (fell_back.fallback, nothing) == ("random_k", [fell_back.scores])
 
 
 def test_the_last_block_takes_only_what_the_limit_leaves(monkeypatch: pytest.MonkeyPatch):

@@ -87,6 +87,18 @@ def test_a_finished_run_is_resumed_without_doing_anything_twice(
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_the_reliability_is_said_once_and_before_the_choice(
+    tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", str(tiny_config()), "--set", f"output_dir={tmp_path / 'told'}"]
+    for attempt in ("computed", "read back"):
+        assert main(arguments) == 0
+        said = capsys.readouterr().err
+        assert said.count("\nreliability of the gains") == 1, attempt
+        if attempt == "computed":
+            assert said.index("score") < said.index("\nreliability of the gains") < said.index("inner run, round 1")
+
+
 def test_a_run_killed_between_stages_goes_on_to_the_same_result(
     finished: Path, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:

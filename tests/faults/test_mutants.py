@@ -98,6 +98,27 @@ MUTANTS = (
         f"{TRAINER}::test_retain_gradient_equals_the_dense_one",
     ),
     Mutant(
+        "retain term left out of the curvature",
+        "bilevel/inner_terms.py",
+        "self.retain_weight / len(self.retain) * losses.sum()",
+        "0.0 * losses.sum()",
+        "tests/bilevel/test_curvature.py::test_gauss_newton_product_equals_the_matrix_from_jacobians_of_the_logits",
+    ),
+    Mutant(
+        "gradient of J not divided by the number of pairs",
+        "bilevel/objective.py",
+        "gradient.to(total[name]) / len(items)",
+        "gradient.to(total[name])",
+        f"{OBJECTIVE}::test_gradient_equals_central_differences_of_the_mean",
+    ),
+    Mutant(
+        "omega not scaled to mean 1",
+        "trainer.py",
+        "Sample(item, weight * scale, ref, k)",
+        "Sample(item, weight, ref, k)",
+        f"{TRAINER}::test_the_scale_of_the_weights_does_not_matter",
+    ),
+    Mutant(
         "seed ignored",
         "stream.py",
         "(seed * 1_000_003 + number)",

@@ -81,6 +81,7 @@ def solve(
     outer: OuterProblem,
     console: Console,
     on_round: Callable[[Round], None] | None = None,
+    on_scores: Callable[[ScoreTable], None] | None = None,
 ) -> Solution:
     """Find the weights omega that minimise g(omega) = -J(theta*(omega)) + beta sum omega^p on the simplex.
 
@@ -91,6 +92,7 @@ def solve(
         outer: PA pairs and outer options.
         console: progress.
         on_round: told each round as it ends.
+        on_scores: told the first scores before anything is chosen by them.
 
     Returns:
         Weights, rounds, scores, why it stopped and whether it fell back.
@@ -116,7 +118,7 @@ def solve(
         zero = torch.zeros(len(inner.forget), dtype=torch.float64)
         state = SearchState(zero, zero)
     while state.searching:
-        fallback = _round(search, state, most)
+        fallback = _round(search, state, most, on_scores)
         if fallback is not None:
             return fallback
         save_state(state, policy, outer.checkpoints, search.id)
@@ -148,12 +150,16 @@ def _resumed(search: _Search) -> SearchState | None:
     return state
 
 
-def _round(search: _Search, state: SearchState, most: int) -> Solution | None:
+def _round(
+    search: _Search, state: SearchState, most: int, on_scores: Callable[[ScoreTable], None] | None
+) -> Solution | None:
     """One round; returns the solution of a search that falls back in its first."""
     inner, outer, start = search.inner, search.outer, time.monotonic()
     reached = Reached(_mapping(inner, state.weights) or inner.uniform(), state.result)
     gains = compute_gains(search.solver.policy, inner, outer, search.folds, reached, search.console)
     if not state.rounds:
+        if on_scores:
+            on_scores(gains.table)
         choice = decide(gains.statistics, gains.estimates, outer.section.fallback)
         if choice != "none":
             return fallback_solution(inner, outer, gains, choice, most)
