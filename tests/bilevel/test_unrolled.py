@@ -26,6 +26,7 @@ from runs import (
     tilt,
 )
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import u2a.bilevel.trajectory as trajectory
 import u2a.bilevel.unrolled as unrolled
@@ -163,6 +164,19 @@ def test_the_number_of_stored_states_is_bounded(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(unrolled, "Moment", Counted)
     unrolled_gradients(policy, plan, [d], every)
     assert most <= peak <= most + 1
+
+
+@pytest.mark.parametrize("term", ["none", "nll", "kl"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_it_costs_at_most_six_times_the_run(every: int, term: str) -> None:
+    """In operations, one gradient of J, states kept at every step or at every third one."""
+    policy, plan, d = scene(max_steps=6, loss="npo", retain_term=term)
+    with FlopCounterMode(display=False) as run:
+        outer = slope(replay(policy, plan, 99).theta, d)
+    with FlopCounterMode(display=False) as derivative_of_it:
+        unrolled_gradients(policy, plan, [outer], every)
+    share = derivative_of_it.get_total_flops() / run.get_total_flops()
+    assert 3.0 < share <= 6.0
 
 
 @given(steps=st.integers(1, 60), size=st.integers(1, 9), budget=st.integers(0, 600))
