@@ -16,7 +16,7 @@ ORACLE_PACKAGES := curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 ein
 # declared dependencies are left out, because some would replace torch or bring its companions for images and sound.
 RIVALS ?= .bench-rivals
 RIVAL_PACKAGES := kronfluence==1.0.1 dattri==0.3.0 bergson==2.5.1 $(ORACLE_PACKAGES)
-RIVAL_NEEDS := docstring_parser==0.18.0 ml_dtypes==0.6.0 natsort==8.4.0 optree==0.20.0 petname==2.9 \
+RIVAL_NEEDS := docstring_parser==0.18.0 jaxtyping==0.3.11 ml_dtypes==0.6.0 natsort==8.4.0 optree==0.20.0 petname==2.9 \
   simple-parsing==0.1.9 torchopt==0.7.3
 
 # Further options of the benchmark, e.g. BENCH_OPTIONS="--n 96 --minutes 12".

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,8 @@ from u2a.modeling import Params, Policy
 from u2a.reference.dense import dense_gradient, dense_hessian, flatten, matrix_of, unflatten
 
 LAMBDA = 0.7  # retain weight of small.terms
+curvlinops: Any = importlib.import_module("curvlinops")  # its annotations are narrower than what it takes
+peers: Any = importlib.import_module("curvlinops.examples")
 
 
 @lru_cache
@@ -377,7 +381,6 @@ class Swish(torch.nn.Module):
 
 @pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()])
 def test_products_of_gradient_ascent_are_those_of_curvlinops_for_the_nll_negated(curvature: Curvature):
-    curvlinops = pytest.importorskip("curvlinops")
     policy = small_policy()
     for module in policy.model.modules():
         if isinstance(module, LlamaMLP):
@@ -402,8 +405,6 @@ def test_products_of_gradient_ascent_are_those_of_curvlinops_for_the_nll_negated
 
 
 def test_cg_solution_is_that_of_curvlinops():
-    peers = pytest.importorskip("curvlinops.examples")
-    curvlinops = pytest.importorskip("curvlinops")
     matrix, right = symmetric(torch.linspace(0.5, 9.0, 20), 3), torch.arange(20.0, dtype=torch.float64)
     found = CG(max_steps=50, tol=1e-12).solve(Dense(matrix).product, {"x": right}, 0.0).value["x"]
     peer = curvlinops.CGInverseLinearOperator(peers.TensorLinearOperator(matrix), tolerance=1e-12, eps=1e-30)
