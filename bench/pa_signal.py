@@ -1,4 +1,4 @@
-"""Signal of every task's PA pairs: `python bench/pa_signal.py PROTOCOL [--tasks A,B] [--seed N] [--out FILE]`.
+"""Signal of every task's PA pairs: `python bench/pa_signal.py PROTOCOL... [--tasks A,B] [--seed N] [--out FILE]`.
 
 Before anything is compared: does the ranking of the candidates survive a change of preference pairs, and is it more
 than a ranking by length? Settings are those of the experiment, and are found again by it. The last line printed is
@@ -32,16 +32,17 @@ from u2a.types import Pair
 def main() -> None:
     """Score the candidates of every task once, and print what the gains agree with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("protocol", type=Path)
+    parser.add_argument("protocols", type=Path, nargs="+", metavar="PROTOCOL")
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="only these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     args = parser.parse_args()
-    protocol = load_protocol(args.protocol)
-    plan = Plan(protocol)
+    plans = [Plan(load_protocol(path)) for path in args.protocols]
+    places = {task: (plan, next(iter(plan.protocol.arms))) for plan in plans for task in plan.protocol.tasks}
     found: dict[str, Any] = {}
-    for task in args.tasks or protocol.tasks:
-        place, console = plan.place(Slot(task, next(iter(protocol.arms)), args.seed, None)), Console()
+    for task in args.tasks or places:
+        (plan, arm), console = places[task], Console()
+        place = plan.place(Slot(task, arm, args.seed, None))
         if not place.record.exists():
             prepare(place, console)
         found[task] = signal(open_setting(place, place.config, console))

@@ -113,7 +113,9 @@ def _add_experiment(commands: Any) -> None:
     experiment.add_argument("--only", default="", metavar="ARM,...", help="run only these arms")
     experiment.add_argument("--list", action="store_true", help="only print the state of every cell")
     experiment.add_argument("--tables", action="store_true", help="run nothing, write the tables of what there is")
-    experiment.add_argument("--out", type=Path, metavar="DIR", help="tables and figures (default: results/ in the run)")
+    experiment.add_argument(
+        "--out", type=Path, metavar="DIR", help="tables, figures and cells (default: results/ in the run)"
+    )
     experiment.add_argument("--retry-failed", action="store_true", help="run cells again that did not come through")
     experiment.add_argument("--new-protocol", action="store_true", help="go on under a changed protocol")
     experiment.add_argument("--quiet", action="store_true", help="no progress")
@@ -322,11 +324,16 @@ def _experiment(options: argparse.Namespace) -> None:
         return
     how = Options(options.processes, only, options.retry_failed, options.new_protocol, options.quiet)
     from u2a.experiment.collect import write_found
+    from u2a.experiment.kept import CELLS, restore
     from u2a.experiment.plan import Plan
     from u2a.experiment.protocol import load_protocol
 
-    protocol = load_protocol(options.protocol) if options.tables else run_experiment(options.protocol, how)
-    for path in write_found(Plan(protocol), options.out or Path(protocol.output_dir) / "results"):
+    protocol = load_protocol(options.protocol)
+    folder = options.out or Path(protocol.output_dir) / "results"
+    restore(Plan(protocol), folder / CELLS)
+    if not options.tables:
+        run_experiment(options.protocol, how)
+    for path in write_found(Plan(protocol), folder):
         print(path)
 
 

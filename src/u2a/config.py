@@ -198,8 +198,8 @@ class SolveSection(Section):
         0.0, "stop when the Frank-Wolfe gap falls below this, in units of the sd of the gains"
     )
     final_refine: bool = option(True, "re-optimise the weights on the selected set once more")
-    refine_adjoint: Literal["screening", "unrolled"] = option(
-        "unrolled", "derivative of that refinement (unrolled: exact, through the optimiser steps taken)"
+    refine_adjoint: Literal["auto", "screening", "unrolled"] = option(
+        "auto", "derivative of that refinement (unrolled: exact, through the steps taken; auto: where those are smooth)"
     )
     inner_steps: Count | None = option(None, "steps of the inner runs between rounds (null: unlearn.max_steps)")
     patience: Count = option(1, "rounds without a better held-out J before stopping with roll-back")
@@ -218,6 +218,19 @@ class SolveSection(Section):
             True also where another round or the refining of weights follows.
         """
         return measured or self.rounds > 1 or (self.final_refine and self.mirror_steps > 0)
+
+    def refines_unrolled(self, unlearn: UnlearnSection) -> bool:
+        """Tell whether the weights are refined by the exact derivative through the optimiser's steps.
+
+        Args:
+            unlearn: options of the run it goes through.
+
+        Returns:
+            With ``auto`` True where J is smooth in the weights: SGD, or AdamW whose rate rises over at least half of
+            the steps (docs/results/selection.md has the measurement).
+        """
+        smooth = unlearn.optimizer == "sgd" or unlearn.warmup_ratio >= 0.5
+        return self.refine_adjoint == "unrolled" or (self.refine_adjoint == "auto" and smooth)
 
 
 class UnlearnSection(Section):

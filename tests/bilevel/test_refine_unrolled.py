@@ -9,20 +9,36 @@ import torch
 from scenes import INNER, QUIET, ROWS, outer, run, scripted
 
 from tiny import examples, tiny_policy
+from u2a.bilevel.adjoint import Adjoint
 from u2a.bilevel.gains import Reached, compute_gains, split_preference
 from u2a.bilevel.hypergrad import Identity, make_refining_adjoint
 from u2a.bilevel.objective import Margin, objective_values
 from u2a.bilevel.unrolled import Unrolled
 from u2a.bilevel.weight import mirror_step, refine
-from u2a.config import GuardSection, SolveSection
+from u2a.config import GuardSection, SolveSection, UnlearnSection
 from u2a.unlearn import InnerProblem, InnerSolver, unlearn
 
 UNROLLED = {"final_refine": True, "refine_adjoint": "unrolled", "n_selected": 4, "rounds": 1, "estimator": "mean"}
 
 
 def test_the_configured_refinement_is_unrolled_and_screening_repeats_the_first_adjoint():
-    assert make_refining_adjoint(SolveSection()) == Unrolled()
-    assert make_refining_adjoint(SolveSection(adjoint="identity", refine_adjoint="screening")) == Identity()
+    rough = UnlearnSection()
+    assert make_refining_adjoint(SolveSection(refine_adjoint="unrolled"), rough) == Unrolled()
+    assert make_refining_adjoint(SolveSection(adjoint="identity", refine_adjoint="screening"), rough) == Identity()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Identity()),  # AdamW at a constant rate: its first steps have the size of the rate whatever the gradient
+        ({"warmup_ratio": 0.25}, Identity()),
+        ({"warmup_ratio": 0.5}, Unrolled()),
+        ({"optimizer": "sgd"}, Unrolled()),
+    ],
+)
+def test_by_default_the_exact_derivative_is_taken_only_where_the_run_is_smooth(changes: dict, expected: Adjoint):
+    section = UnlearnSection.model_validate(changes)
+    assert make_refining_adjoint(SolveSection(adjoint="identity"), section) == expected
 
 
 def test_weights_of_the_selected_follow_the_exact_derivative_of_the_run_on_all_pairs(monkeypatch: pytest.MonkeyPatch):

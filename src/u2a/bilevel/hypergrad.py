@@ -21,7 +21,7 @@ from u2a.bilevel.operators import Diagonal, Operator, mean_eigenvalue
 from u2a.bilevel.score import score_all
 from u2a.bilevel.unrolled import Unrolled
 from u2a.bilevel.vectors import norm, plus, scaled
-from u2a.config import SolveSection
+from u2a.config import SolveSection, UnlearnSection
 from u2a.modeling import Params
 from u2a.progress import Console
 from u2a.record import derive_seed
@@ -158,13 +158,14 @@ def make_adjoint(section: SolveSection) -> Adjoint:
     return Implicit(CG(section.cg_steps, section.cg_tol), make_curvature(section.curvature), section.damping)
 
 
-def make_refining_adjoint(section: SolveSection) -> Adjoint:
+def make_refining_adjoint(section: SolveSection, unlearn: UnlearnSection) -> Adjoint:
     """Turn the configured name into the adjoint that refines the weights on the selected set.
 
     Args:
         section: options of the outer problem.
+        unlearn: options of the inner run.
 
     Returns:
         The adjoint.
     """
-    return Unrolled() if section.refine_adjoint == "unrolled" else make_adjoint(section)
+    return Unrolled() if section.refines_unrolled(unlearn) else make_adjoint(section)

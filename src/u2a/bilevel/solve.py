@@ -21,6 +21,7 @@ from u2a.bilevel.monitor import Monitor
 from u2a.bilevel.outcome import fallback_solution, solution_of
 from u2a.bilevel.search_state import SearchState, load_state, save_state
 from u2a.bilevel.select import decide, top_block
+from u2a.bilevel.unrolled import Unrolled
 from u2a.bilevel.weight import drop_small, frank_wolfe_gap, refine, with_block
 from u2a.checkpoint import delete
 from u2a.config import SolveSection
@@ -267,9 +268,9 @@ def _refine_on_selected(search: _Search, state: SearchState) -> None:
         return
     inner = replace(search.inner, forget=tuple(search.inner.forget[k] for k in chosen))
     folds, reached = search.folds, Reached(_mapping(inner, best[chosen]), result)
-    if section.refine_adjoint == "unrolled" and folds.heldout:  # J on other pairs decides, so one sweep for all will do
+    adjoint, policy = make_refining_adjoint(section, inner.section), search.solver.policy
+    if isinstance(adjoint, Unrolled) and folds.heldout:  # J on other pairs decides, so one sweep for all will do
         folds = folds.merged()
-    adjoint, policy = make_refining_adjoint(section), search.solver.policy
     try:
         gains = compute_gains(policy, inner, search.outer, folds, reached, search.console, adjoint)
     except (ConfigError, NonFiniteError, OutOfMemory) as error:  # the run cannot be differentiated

@@ -8,10 +8,10 @@ from u2a.experiment.analysis import analyse
 from u2a.experiment.cell import CellResult
 from u2a.experiment.estimates import Cells
 from u2a.experiment.frozen import FrozenProtocol, file_of, protocol_hash
-from u2a.experiment.measured import Measured, measured_of
+from u2a.experiment.kept import CELLS, keep
+from u2a.experiment.measured import Measured
 from u2a.experiment.plan import Plan
 from u2a.experiment.results import write_results
-from u2a.experiment.setting import SettingRecord
 from u2a.experiment.statements import judge
 
 
@@ -31,20 +31,18 @@ def collect(plan: Plan) -> tuple[Cells, list[str]]:
     for slot in plan.slots:
         if slot.seed in plan.protocol.tuning.seeds:
             continue
-        cell, record = plan.cell(slot), plan.place(slot).record
-        if cell is None or not plan.path(cell).exists() or not record.exists():
+        cell, start = plan.cell(slot), plan.start(plan.place(slot))
+        if cell is None or start is None or not plan.path(cell).exists():
             missing.append(f"{slot.task}.{slot.arm}.s{slot.seed}")
             continue
         results.append(CellResult.load(plan.path(cell)))
-        if (slot.task, slot.seed) not in starts:
-            setting = SettingRecord.load(record)
-            groups[slot.task, slot.seed] = setting.groups
-            starts[slot.task, slot.seed] = measured_of(setting.start, full=True)
+        groups[slot.task, slot.seed] = start.groups
+        starts[slot.task, slot.seed] = start.measured
     return Cells(results, groups, starts), missing
 
 
 def write_found(plan: Plan, folder: Path) -> tuple[Path, ...]:
-    """Analyse what there is and write tables and figures.
+    """Analyse what there is, write tables and figures, and keep the cells beside them.
 
     Args:
         plan: which cells there are.
@@ -60,7 +58,8 @@ def write_found(plan: Plan, folder: Path) -> tuple[Path, ...]:
     tuned = tuple(plan.tuned(task, arm) for task, arm in _tuned_arms(plan))
     whole = tuple(choice for choice in tuned if choice is not None)
     found = found.model_copy(update={"tuning": whole, "replaced": replaced})
-    return write_results(plan.protocol, found, judge(plan.protocol, cells, found.contrasts), folder)
+    files = write_results(plan.protocol, found, judge(plan.protocol, cells, found.contrasts), folder)
+    return (*files, keep(plan, folder / CELLS))
 
 
 def _tuned_arms(plan: Plan) -> list[tuple[str, str]]:

@@ -11,9 +11,9 @@ from u2a import __version__
 from u2a.errors import ConfigError
 from u2a.experiment.cell import Cell, CellResult
 from u2a.experiment.claims import is_claimed
-from u2a.experiment.measured import perplexity
+from u2a.experiment.measured import retain_ppl
 from u2a.experiment.protocol import Protocol, TuningSection, decisive_text, task_config
-from u2a.experiment.setting import SettingRecord, Split, Workplace
+from u2a.experiment.setting import SettingRecord, Split, Start, Workplace
 from u2a.experiment.tuning import Tuned, choose_trial
 from u2a.record import content_id
 
@@ -187,6 +187,31 @@ class Plan:
         """
         return self.folder / "cells" / f"{cell.name}.{cell.key()}.json"
 
+    def start_file(self, setting: str) -> Path:
+        """Where the start of a setting is kept that was prepared elsewhere.
+
+        Args:
+            setting: name of the setting's folder.
+
+        Returns:
+            The path.
+        """
+        return self.folder / "starts" / f"{setting}.json"
+
+    def start(self, place: Workplace) -> Start | None:
+        """The measured start of a setting.
+
+        Args:
+            place: the setting.
+
+        Returns:
+            The start, or None while it is known neither here nor from elsewhere (:mod:`u2a.experiment.kept`).
+        """
+        if place.record.exists():
+            return SettingRecord.load(place.record).kept()
+        path = self.start_file(place.folder.name)
+        return Start.load(path) if path.exists() else None
+
     def tuned(self, task: str, arm: str) -> Tuned | None:
         """The trial that tuning chose for an arm.
 
@@ -202,11 +227,11 @@ class Plan:
         for seed in self.protocol.tuning.seeds:
             for slot in (Slot(task, arm, seed, trial) for trial in range(len(self.protocol.arms[arm].trials))):
                 cell, place = self.cell(slot), self.place(slot)
-                if cell is None or not self.path(cell).exists():
+                start = self.start(place)
+                if cell is None or start is None or not self.path(cell).exists():
                     return None
                 found.append(CellResult.load(self.path(cell)))
-                start = SettingRecord.load(place.record).start
-                starts[seed] = perplexity(start.retain_nll, start.retain_tokens) or float("inf")
+                starts[seed] = retain_ppl(start.measured) or float("inf")
         choice = choose_trial(self._tuning(arm), found, starts)
         path = self.folder / "tuning" / f"{task}.{arm}.json"
         if not path.exists() or Tuned.load(path) != choice:

@@ -15,6 +15,7 @@ from u2a.config import RewardSection, RunConfig
 from u2a.data import example_id, prompt_key
 from u2a.errors import ModelError
 from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, item_groups
+from u2a.experiment.measured import Measured, measured_of
 from u2a.experiment.meter import Meter
 from u2a.finetune import finetune, mixture
 from u2a.model_loading import load_model, pick_device
@@ -68,6 +69,18 @@ class Setting:
         return (*self.partition.preference, *self.forget_pairs)
 
 
+class Start(Record):
+    """What analysis reads of a setting: enough to make tables where the setting itself is not kept.
+
+    Attributes:
+        groups: prompt key by id of every measured item.
+        measured: of the policy at theta_0.
+    """
+
+    groups: dict[str, str]
+    measured: Measured
+
+
 class SettingRecord(Record):
     """What was prepared for one (task, seed), once for all arms.
 
@@ -100,6 +113,10 @@ class SettingRecord(Record):
     rewards: tuple[RewardCard, ...]
     start: ArmResult
     seconds: dict[str, float]
+
+    def kept(self) -> Start:
+        """What analysis reads of it."""
+        return Start(groups=self.groups, measured=measured_of(self.start, full=True))
 
 
 @dataclass(frozen=True)

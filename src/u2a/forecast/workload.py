@@ -169,7 +169,7 @@ class Workload:
 
     def _refine(self, inner: InnerProblem, weights: dict[str, float]) -> None:
         chosen = weighted_rows(inner.forget, weights)
-        if self.config.solve.refine_adjoint == "unrolled":
+        if self.config.solve.refines_unrolled(self.config.unlearn):
             self._gradient_of_j()
             batches = self._steps(inner, chosen)
             self._add("unrolled derivative", Work("unrolled", batches))

@@ -1,0 +1,106 @@
+"""Cells kept beside the tables: another machine makes the same tables of them, and goes on where this one stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small_experiment import write_experiment
+
+from u2a.cli import main
+from u2a.errors import RecordError
+from u2a.experiment import runner
+from u2a.experiment.kept import CELLS, KeptCells, restore
+from u2a.experiment.plan import Plan
+from u2a.experiment.protocol import load_protocol
+from u2a.experiment.runner import Options, run_experiment
+
+ARMS = {
+    "original": {"method": "original"},
+    "chance": {"method": "random_k", "trials": [{"learning_rate": 1e-4}, {"learning_rate": 1e-2}]},
+    "wild": {"method": "full", "trials": [{"learning_rate": 1e30}]},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a protocol, its run in ``out`` and its tables in ``tables``."""
+    folder = tmp_path_factory.mktemp("kept")
+    tuning = {"seeds": [7], "level": 0.5, "dev_frac": 0.4, "max_ppl_ratio": 100.0}
+    path = write_experiment(folder, ARMS, tuning=tuning)
+    assert main(["experiment", str(path), "--quiet", "--out", str(folder / "tables")]) == 0
+    return folder
+
+
+def elsewhere(made: Path, folder: Path) -> Path:
+    """The protocol and its tables on another machine: nothing of the run itself."""
+    shutil.copytree(made / "tables", folder / "tables")
+    text = (made / "protocol.yaml").read_text()
+    (folder / "protocol.yaml").write_text(text.replace(str(made / "out"), str(folder / "out")))
+    for path in made.glob("*.yaml"):
+        if path.name != "protocol.yaml":
+            shutil.copy(path, folder / path.name)
+    return folder / "protocol.yaml"
+
+
+def test_tables_of_kept_cells_are_the_same_to_the_digit(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "run_cell", lambda *_: pytest.fail("a cell was run"))
+    path = elsewhere(made, tmp_path)
+    (tmp_path / "tables" / "main.json").unlink()
+    assert main(["experiment", str(path), "--tables", "--out", str(tmp_path / "tables")]) == 0
+    for name in ("main.json", "main.md", CELLS):
+        assert (tmp_path / "tables" / name).read_bytes() == (made / "tables" / name).read_bytes(), name
+    found = json.loads((tmp_path / "tables" / "main.json").read_text())
+    assert not found["missing"] and found["tuning"][0]["trial"] == 1
+
+
+def test_kept_cells_are_not_run_again_and_failed_ones_stay_listed(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = elsewhere(made, tmp_path)
+    monkeypatch.setattr(runner, "run_cell", lambda *_: pytest.fail("a cell was run"))
+    assert main(["experiment", str(path), "--quiet", "--out", str(tmp_path / "tables")]) == 0
+    kept = KeptCells.load(tmp_path / "tables" / CELLS)
+    assert sorted(cell.status for cell in kept.cells.values()) == ["diverged", "ok", "ok", "ok", "ok"]
+    assert not (tmp_path / "out" / "settings").exists()  # nothing had to be prepared
+
+
+def test_what_is_missing_is_run_on_the_other_machine(made: Path, tmp_path: Path) -> None:
+    path = elsewhere(made, tmp_path)
+    kept = KeptCells.load(tmp_path / "tables" / CELLS)
+    lost = next(name for name in kept.cells if ".chance.s0" in name)
+    cells = {name: cell for name, cell in kept.cells.items() if name != lost}
+    kept.model_copy(update={"cells": cells}).save(tmp_path / "tables" / CELLS)
+    assert restore(Plan(load_protocol(path)), tmp_path / "tables" / CELLS) == len(cells)
+    assert restore(Plan(load_protocol(path)), tmp_path / "tables" / CELLS) == 0  # what is there stays
+    run_experiment(path, Options(quiet=True))
+    again = json.loads((tmp_path / "out" / "cells" / lost).read_text())["data"]
+    before = kept.cells[lost].model_dump(mode="json")
+    assert again["weights"] == before["weights"] and again["steps"] == before["steps"]
+    assert again["levels"][-1]["measured"]["margin"] == before["levels"][-1]["measured"]["margin"]
+
+
+def test_no_generated_answer_is_kept_but_what_was_measured_on_it_is(made: Path) -> None:
+    assert any('"answers": {\n' in path.read_text() for path in (made / "out" / "cells").glob("*chance.s0*"))
+    kept = KeptCells.load(made / "tables" / CELLS)
+    states = [level.measured for cell in kept.cells.values() for level in cell.levels]
+    states += [
+        cell.equal.measured
+        for each in kept.cells.values()
+        for cell in each.levels
+        if cell.equal and cell.equal.measured
+    ]
+    states += [start.measured for start in kept.starts.values()]
+    assert all(state.answers == {} for state in states) and any(state.words for state in states)
+
+
+def test_a_damaged_file_is_one_clear_error(made: Path, tmp_path: Path) -> None:
+    path = elsewhere(made, tmp_path)
+    (tmp_path / "tables" / CELLS).write_text("{")
+    with pytest.raises(RecordError, match="cells.json: unreadable"):
+        restore(Plan(load_protocol(path)), tmp_path / "tables" / CELLS)
+    assert main(["experiment", str(path), "--tables", "--out", str(tmp_path / "tables")]) == 2
