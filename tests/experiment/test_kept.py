@@ -39,9 +39,8 @@ def elsewhere(made: Path, folder: Path) -> Path:
     shutil.copytree(made / "tables", folder / "tables")
     text = (made / "protocol.yaml").read_text()
     (folder / "protocol.yaml").write_text(text.replace(str(made / "out"), str(folder / "out")))
-    for path in made.glob("*.yaml"):
-        if path.name != "protocol.yaml":
-            shutil.copy(path, folder / path.name)
+    for name in ("task.yaml", "pairs.jsonl", "retain.jsonl"):
+        shutil.copy(made / name, folder / name)
     return folder / "protocol.yaml"
 
 
