@@ -122,11 +122,13 @@ experiment-tasks experiment-bases experiment-policy-gradients experiment-ablatio
 # Settings are those of the comparison; the last line printed is JSON.
 experiment-signal: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/pa_signal.py \
-	  configs/experiment-main.yaml configs/experiment-tasks.yaml --out bench/results/pa_signal.json
+	  configs/experiment-main.yaml configs/experiment-tasks.yaml --tasks halueval,alpaca_eval,saferlhf \
+	  --out bench/results/pa_signal.json
 
 experiment-rewards: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/reward_agreement.py \
-	  configs/experiment-main.yaml --out bench/results/reward_agreement.json
+	  configs/experiment-main.yaml configs/experiment-tasks.yaml --tasks halueval,alpaca_eval,saferlhf \
+	  --out bench/results/reward_agreement.json
 
 experiment-validity: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/selection_smollm2.py \

@@ -16,7 +16,6 @@ import datetime
 import importlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import machine, versions
+from machine import commit, machine, versions
 
 from u2a.record import write_whole
 
@@ -181,19 +180,6 @@ def run_counted(module: str, function: str, name: str, held: str) -> tuple[dict[
     found = getattr(importlib.import_module(module), function)()
     missed = found[name] - found[held]
     return found, [f"{missed} of {found[name]} cases did not hold"] if missed else []
-
-
-def commit() -> str | None:
-    """The commit, with a mark if files differ from it; None without git."""
-
-    def ask(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, check=True)
-        return done.stdout.decode("utf-8", "replace").strip()
-
-    try:
-        return ask("rev-parse", "HEAD") + (" and changes" if ask("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,9 +1,10 @@
-"""What a figure was measured on: machine, cores, threads, versions."""
+"""What a figure was measured on: machine, cores, threads, versions, commit."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ def processor() -> str:
 
 
 def machine(device: str) -> dict[str, object]:
-    """Processor, cores, threads, load and, where one is used, the accelerator."""
+    """Processor, cores, threads, load, the commit and, where one is used, the accelerator."""
     found: dict[str, object] = {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -30,6 +31,7 @@ def machine(device: str) -> dict[str, object]:
         "system": platform.platform(terse=True),
         "load_1min": round(os.getloadavg()[0], 2),
         "device": device,
+        "commit": commit(),
     }
     if device.startswith("cuda"):
         found["accelerator"] = torch.cuda.get_device_name(torch.device(device))
@@ -46,4 +48,17 @@ def installed(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit, with a mark if files differ from it; None without git."""
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, check=True)
+        return done.stdout.decode("utf-8", "replace").strip()
+
+    try:
+        return ask("rev-parse", "HEAD") + (" and changes" if ask("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
         return None

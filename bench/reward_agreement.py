@@ -1,4 +1,4 @@
-"""Do two reward models agree on what is bad? `python bench/reward_agreement.py PROTOCOL [--task T] [--out FILE]`.
+"""Do two reward models agree on what is bad? `python bench/reward_agreement.py PROTOCOL... [--tasks A,B] [--out FILE]`.
 
 Two heads on different features (MiniLM and SmolLM2) and, for single tokens, two SmolLM2 heads fitted on disjoint
 halves of the reward pairs. Settings are those of the experiment. The last line printed is JSON.
@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from machine import machine
@@ -52,16 +53,37 @@ def low_tokens(model: LanguageModelReward, rows: Sequence[Example], chosen: Sequ
 def main() -> None:
     """Fit the heads and compare them on the candidates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("protocol", type=Path)
-    parser.add_argument("--task", default="halueval")
+    parser.add_argument("protocols", type=Path, nargs="+", metavar="PROTOCOL")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), help="only these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     args = parser.parse_args()
-    protocol = load_protocol(args.protocol)
-    place = Plan(protocol).place(Slot(args.task, next(iter(protocol.arms)), args.seed, None))
-    if not place.record.exists():
-        prepare(place, Console())
-    sets = Partition.load(place.folder / "sets.json")
+    plans = [Plan(load_protocol(path)) for path in args.protocols]
+    places = {task: (plan, next(iter(plan.protocol.arms))) for plan in plans for task in plan.protocol.tasks}
+    found: dict[str, Any] = {}
+    for task in args.tasks or places:
+        plan, arm = places[task]
+        place = plan.place(Slot(task, arm, args.seed, None))
+        if not place.record.exists():
+            prepare(place, Console())
+        found[task] = agreement(Partition.load(place.folder / "sets.json"), args.seed)
+        print(json.dumps({task: found[task]}), flush=True)
+    text = json.dumps({"seed": args.seed, "tasks": found, "machine": machine("cpu")})
+    if args.out:
+        write_whole(args.out, text + "\n")
+    print(text)
+
+
+def agreement(sets: Partition, seed: int) -> dict[str, Any]:
+    """Fit the heads of one task and compare them on its candidates.
+
+    Args:
+        sets: the task's data.
+        seed: of the resampling.
+
+    Returns:
+        Associations with their intervals.
+    """
     rows, keys = sets.forget, [prompt_key(row.prompt) for row in sets.forget]
     first, second = split_reward_pairs(sets.reward)
     states = load_hidden_states(LANGUAGE_MODEL, "cpu")
@@ -77,26 +99,18 @@ def main() -> None:
     lengths = [-float(len(answer)) for answer in answers]
 
     def related(one: Sequence[float], other: Sequence[float]) -> dict[str, float | int | None]:
-        return _entry(association(spearman, one, other, keys, RESAMPLES, args.seed))
+        return _entry(association(spearman, one, other, keys, RESAMPLES, seed))
 
-    tokens = association(kappa, *(np.concatenate(row).tolist() for row in marks), clusters, RESAMPLES, args.seed)
-    text = json.dumps(
-        {
-            "task": args.task,
-            "seed": args.seed,
-            "candidates": len(rows),
-            "reward_pairs": [len(first), len(second)],
-            "rewards_spearman": related(scores["embedding"], scores["language_model"]),
-            "rewards_spearman_same_features": related(scores["same features"], scores["language_model"]),
-            "shortness_spearman": {name: related(values, lengths) for name, values in scores.items()},
-            "low_tokens_kappa": _entry(tokens),
-            "low_tokens_share": [float(np.concatenate(row).mean()) for row in marks],
-            "machine": machine("cpu"),
-        }
-    )
-    if args.out:
-        write_whole(args.out, text + "\n")
-    print(text)
+    tokens = association(kappa, *(np.concatenate(row).tolist() for row in marks), clusters, RESAMPLES, seed)
+    return {
+        "candidates": len(rows),
+        "reward_pairs": [len(first), len(second)],
+        "rewards_spearman": related(scores["embedding"], scores["language_model"]),
+        "rewards_spearman_same_features": related(scores["same features"], scores["language_model"]),
+        "shortness_spearman": {name: related(values, lengths) for name, values in scores.items()},
+        "low_tokens_kappa": _entry(tokens),
+        "low_tokens_share": [float(np.concatenate(row).mean()) for row in marks],
+    }
 
 
 def _entry(found: Interval) -> dict[str, float | int | None]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inner_oracle import alone, encode_all, flat
 from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
@@ -365,6 +366,35 @@ def test_fused_lora_gives_the_layers_own_values_and_leaves_them_as_they_were() -
     assert not any("forward" in vars(layer) for layer in layers)
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
     assert torch.equal(reference, expected) and not torch.equal(reference, plain)
+
+
+def test_fused_lora_has_the_layers_own_gradients_and_second_derivatives() -> None:
+    policy = tiny_policy(lora_b_sd=0.3)
+    batch = policy.collate(encode_all(policy, examples(3)))
+    leaves = list(policy.trainable().values())
+
+    def derivatives() -> list[torch.Tensor]:
+        with sdpa_kernel(SDPBackend.MATH):
+            first = torch.autograd.grad(answer_log_probs(policy.model, batch).sum.sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum((value**2).sum() for value in first), leaves)
+        return [value.detach() for value in (*first, *second)]
+
+    plain = derivatives()
+    with fused_lora(policy.model):
+        fused = derivatives()
+    scale = max(float(value.abs().max()) for value in plain)
+    assert scale > 1.0
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_fused_lora_leaves_a_layer_alone_that_drops_out_while_it_trains() -> None:
+    policy = tiny_policy(lora_b_sd=0.3)
+    layer = next(module for module in policy.model.modules() if type(module) is LoraLinear)
+    layer.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    for training in (True, False):
+        layer.train(training)
+        with fused_lora(policy.model):
+            assert ("forward" in vars(layer)) is not training
 
 
 def test_fused_lora_leaves_layers_alone_that_are_more_than_plain_matrices() -> None:

@@ -107,10 +107,11 @@ def remove_chance(model: nn.Module) -> None:
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
-    """Add the LoRA products into the output of the base layers in place, for the duration of a ``with`` block.
+    """Add the LoRA products into the output of the base layers directly, for the duration of a ``with`` block.
 
-    For passes without gradients only. The values are those of the layers' own forward; what is saved is a temporary
-    of the output's size, two elementwise passes over it and the matrix product's second dispatch. Layers that are
+    The values, gradients and second derivatives are those of the layers' own forward; what is saved is a temporary of
+    the output's size, two elementwise passes over it (each has several in a second derivative) and the matrix
+    product's second dispatch. Without gradients the output is written in place. Layers that are
     more than plain LoRA in one precision (merged, disabled, several adapters, quantised, hooked) keep their forward.
 
     Args:
@@ -135,6 +136,8 @@ def _plain_lora(module: nn.Module) -> bool:
     name = module.active_adapters[0]
     if name not in module.lora_A or module.lora_variant:
         return False
+    if module.training and not isinstance(module.lora_dropout[name], nn.Identity):
+        return False
     down, up, base = module.lora_A[name], module.lora_B[name], module.base_layer
     parts = (base, down, up)
     if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in parts):
@@ -151,7 +154,10 @@ def _fused_forward(module: LoraLinear) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
         out = base(rows)
-        torch.addmm(out, down(rows), up.weight.t(), alpha=scaling, out=out)  # torch counts its operations, not addmm_'s
+        if torch.is_grad_enabled():
+            out = torch.addmm(out, down(rows) * scaling, up.weight.t())
+        else:  # torch counts its operations, not addmm_'s
+            torch.addmm(out, down(rows), up.weight.t(), alpha=scaling, out=out)
         return out.view(*x.shape[:-1], -1)
 
     return forward

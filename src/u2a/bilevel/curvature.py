@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from u2a.adapter import fused_lora
 from u2a.bilevel.attention import second_order_attention
 from u2a.bilevel.fisher import AdamMetric, DiagonalFisher
 from u2a.bilevel.inner_terms import InnerTerms, Part, add_gradients
@@ -72,7 +73,8 @@ class HessianOperator:
         Returns:
             The product, accumulated in float32 or wider.
         """
-        with second_order_attention(self.terms.policy):
+        policy = self.terms.policy
+        with second_order_attention(policy), fused_lora(policy.model):
             return self.terms.with_less_memory(lambda: self._product(vector))
 
     def _product(self, vector: Params) -> Params:
@@ -126,7 +128,8 @@ class GaussNewtonOperator:
         Returns:
             The product, accumulated in float32 or wider.
         """
-        with second_order_attention(self.terms.policy):
+        policy = self.terms.policy
+        with second_order_attention(policy), fused_lora(policy.model):
             total = self.terms.with_less_memory(lambda: self._product(vector))
         if self.terms.term == "proximal":
             total = plus(total, proximal_product(self.terms.policy, vector), self.terms.retain_weight)
