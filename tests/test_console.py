@@ -107,6 +107,15 @@ def test_selection_lists_the_largest_weights_first() -> None:
     assert [line.split()[0] for line in lines] == best
 
 
+def test_selection_shows_the_heldout_j_of_the_start_above_the_rounds() -> None:
+    solution = fake_solution(fake_partition(60))
+    lines = selection_text(solution.model_copy(update={"start_heldout": -0.123})).splitlines()
+    (head,) = [index for index, line in enumerate(lines) if "J (held-out)" in line]
+    assert lines[head + 2].split()[:4] == ["start", "0", "-", "-0.123"]
+    assert lines[head + 3].split()[0] == "1"
+    assert not any(line.split()[:1] == ["start"] for line in selection_text(solution).splitlines())
+
+
 @pytest.mark.parametrize(("fallback", "word"), [("random_k", "random draw"), ("empty", "nothing was selected")])
 def test_fallback_is_said(fallback: str, word: str) -> None:
     partition = fake_partition(4)

@@ -390,7 +390,7 @@ def test_numbers_are_written_for_people() -> None:
 KINDS = {
     "training": ("warm-up", "inner run", "unlearn"),
     "scoring": ("reference", "gradient of J", "score candidates"),
-    "measuring": ("measure round", "evaluate"),
+    "measuring": ("measure start", "measure round", "evaluate"),
 }
 
 

@@ -269,6 +269,8 @@ def selection_text(solution: Solution, top: int = 10) -> str:
         heads = ["round", "selected", "J (PA)", "J (held-out)", "retain ppl", "FW gap", "split-half", "kept"]
         objectives = [value for item in solution.rounds for value in (item.objective_pa, item.objective_heldout)]
         rows = [_round_cells(item, objectives) for item in solution.rounds]
+        if solution.start_heldout is not None:
+            rows.insert(0, ["start", "0", "-", number(solution.start_heldout, *objectives), "-", "-", "-", "-"])
         text += "\n" + _grid(heads, rows, (5, 8, 10, 12, 10, 10, 10, 4), right=range(7))
     gains = {row.id: row for row in solution.scores.rows}
     chosen = sorted((row for row in solution.rows if row.weight > 0), key=lambda row: -row.weight)[:top]

@@ -175,9 +175,12 @@ def charts(records: RunRecords, table: Sequence[Candidate]) -> dict[str, str]:
     """
     rounds = records.solution.rounds if records.solution and len(records.solution.rounds) > 1 else ()  # 1: no course
     x = [float(item.index + 1) for item in rounds]
+    start = [records.solution.start_heldout] if rounds and records.solution else []
     objective = [
         Series("J on the PA pairs", x, [item.objective_pa for item in rounds], 1),
-        Series("J on held-out PA pairs", x, [item.objective_heldout for item in rounds], 2),
+        Series(
+            "J on held-out PA pairs", [0.0] * len(start) + x, start + [item.objective_heldout for item in rounds], 2
+        ),
     ]
     retain = [Series("retain perplexity", x, [item.retain_ppl for item in rounds], 3)]
     reward = [Series("mean reward of the policy's own answers", x, [item.reward for item in rounds], 5)]
@@ -192,7 +195,7 @@ def charts(records: RunRecords, table: Sequence[Candidate]) -> dict[str, str]:
     ]
     seconds = records.summary.get("seconds", {})
     return {
-        "objective": xy_chart(Frame("Objective J per round (higher is better)", "round", "J"), objective),
+        "objective": xy_chart(Frame("Objective J per round (0: start; higher is better)", "round", "J"), objective),
         "retain": xy_chart(Frame("Retain perplexity per round (lower is better)", "round", "perplexity"), retain),
         "reward": xy_chart(Frame("Reward per round (selecting reward model)", "round", "reward"), reward),
         "gap": xy_chart(Frame("Frank-Wolfe gap per round (0 = optimal)", "round", "gap"), gap),

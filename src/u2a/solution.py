@@ -161,6 +161,7 @@ class Solution(Record):
         stopped: why it ended.
         fallback: ``none``, ``random_k`` (no signal: a random draw of equal size, uniform weights) or
             ``empty`` (no candidate promises a gain).
+        start_heldout: J on the held-out PA pairs at theta_0, or None where no round is judged by them.
         support: J against the number selected is in ``rounds``.
     """
 
@@ -169,6 +170,7 @@ class Solution(Record):
     scores: ScoreTable
     stopped: str
     fallback: Literal["none", "random_k", "empty"] = "none"
+    start_heldout: float | None = None
 
     @property
     def weights(self) -> dict[str, float]:

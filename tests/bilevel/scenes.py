@@ -60,7 +60,8 @@ def noise(seed: int) -> CustomObjective:
     return CustomObjective(value)
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
-    """Let the held-out J take these values, one per round."""
+def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float], start: float = -1.0) -> None:
+    """Let the held-out J take these values, one at the start and one per round."""
     left: Iterator[float] = iter(values)
+    monkeypatch.setattr(Monitor, "heldout", lambda self: start)
     monkeypatch.setattr(Monitor, "measure", lambda self: (0.0, next(left)))

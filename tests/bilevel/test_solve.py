@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tiny import tiny_policy
 from u2a.bilevel.gains import Gains, Reached, compute_gains, split_preference
-from u2a.bilevel.objective import CustomObjective
+from u2a.bilevel.objective import CustomObjective, objective_values
 from u2a.bilevel.outcome import random_weights
 from u2a.bilevel.solve import n_to_select, score, solve
 from u2a.bilevel.weight import frank_wolfe_gap, refine, with_block
@@ -165,6 +165,23 @@ def test_rising_heldout_j_uses_all_rounds(monkeypatch: pytest.MonkeyPatch):
     found = run(outer(n_selected=4, rounds=2, estimator="mean"))
     assert (len(found.rounds), found.stopped) == (2, "rounds used up")
     assert len(found.weights) == found.rounds[-1].n_selected
+
+
+@pytest.mark.parametrize(("start", "said"), [(-0.5, False), (0.25, False), (0.3, True)])
+def test_a_best_round_below_the_start_is_said(monkeypatch: pytest.MonkeyPatch, start: float, said: bool):
+    scripted(monkeypatch, [0.25, 0.1], start)
+    found = run(outer(n_selected=4, rounds=2, estimator="mean", heldout_frac=0.3))
+    assert found.start_heldout == start
+    assert ("by held-out J (0.25, 0.3 before) unlearning nothing is better" in found.stopped) is said
+    assert found.weights  # said, not done: whoever asks for unlearning may want it all the same
+
+
+def test_the_start_is_j_on_the_heldout_pairs_before_anything_is_unlearned():
+    problem, policy = outer(n_selected=4, rounds=1, heldout_frac=0.3, warmup_steps=2), tiny_policy()
+    items = problem.objective_value().prepare(policy, split_preference(problem).heldout)
+    expected = float(objective_values(problem.objective_value(), policy, items).mean())
+    assert run(problem).start_heldout == pytest.approx(expected, rel=1e-6)
+    assert run(outer(n_selected=4, rounds=1, heldout_frac=0.0)).start_heldout is None  # nothing is held out
 
 
 def test_patience_counts_stale_rounds_in_a_row(monkeypatch: pytest.MonkeyPatch):

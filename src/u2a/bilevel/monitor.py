@@ -5,6 +5,7 @@ from __future__ import annotations
 from u2a.bilevel.gains import Folds
 from u2a.bilevel.objective import Objective, objective_values
 from u2a.modeling import Policy
+from u2a.types import Pair
 
 
 class Monitor:
@@ -29,6 +30,14 @@ class Monitor:
         Returns:
             The two means.
         """
-        sets = [self._objective.prepare(self._policy, pairs) for pairs in (self._pairs, self._heldout)]
-        values = [objective_values(self._objective, self._policy, items) for items in sets]
-        return float(values[0].mean()), float(values[1].mean()) if len(values[1]) else None
+        on_pa = self._mean(self._pairs)
+        assert on_pa is not None
+        return on_pa, self.heldout()
+
+    def heldout(self) -> float | None:
+        """J on the held-out pairs alone, or None without any."""
+        return self._mean(self._heldout)
+
+    def _mean(self, pairs: list[Pair]) -> float | None:
+        items = self._objective.prepare(self._policy, pairs)
+        return float(objective_values(self._objective, self._policy, items).mean()) if items else None

@@ -49,9 +49,18 @@ def solution_of(inner: InnerProblem, state: SearchState, fallback: str) -> Solut
         rows=tuple(rows),
         rounds=tuple(state.rounds),
         scores=state.last,
-        stopped=state.stopped,
+        stopped=state.stopped + _lower(state),
         fallback=fallback,  # type: ignore[arg-type]
+        start_heldout=state.start_heldout,
     )
+
+
+def _lower(state: SearchState) -> str:
+    """What must be said where the best round is worse, by its judge, than unlearning nothing."""
+    start, best = state.start_heldout, state.best_value
+    if start is None or not state.rounds or best >= start:
+        return ""
+    return f"; by held-out J ({best:.4g}, {start:.4g} before) unlearning nothing is better"
 
 
 def fallback_solution(inner: InnerProblem, outer: OuterProblem, gains: Gains, choice: str, most: int) -> Solution:

@@ -32,6 +32,7 @@ class SearchState:
         result: what the last inner run did.
         stopped: why the search ended.
         searching: rounds are still to come.
+        start_heldout: J on the held-out pairs at theta_0, or None where no round is judged by them.
     """
 
     weights: Tensor
@@ -43,6 +44,7 @@ class SearchState:
     result: UnlearnResult | None = None
     stopped: str = "rounds used up"
     searching: bool = True
+    start_heldout: float | None = None
 
     def ended(self, why: str) -> None:
         """End the rounds.
@@ -75,6 +77,7 @@ def save_state(state: SearchState, policy: Policy, folder: Path | None, key: str
         "result": None if state.result is None else state.result.model_dump(mode="json"),
         "stopped": state.stopped,
         "searching": state.searching,
+        "start_heldout": state.start_heldout,
         "theta": policy.snapshot(),
         "random": random_state(),
     }
@@ -109,4 +112,5 @@ def load_state(policy: Policy, folder: Path | None, key: str) -> SearchState | N
         result=None if tree["result"] is None else UnlearnResult.model_validate(tree["result"]),
         stopped=tree["stopped"],
         searching=tree["searching"],
+        start_heldout=tree["start_heldout"],
     )

@@ -115,9 +115,10 @@ def solve(
     search = _Search(inner_solver, shortened, outer, folds, monitor, console, on_round)
     state = _resumed(search)
     if state is None:
+        start = _start(search)
         _warm_up(policy, inner, outer, console)
         zero = torch.zeros(len(inner.forget), dtype=torch.float64)
-        state = SearchState(zero, zero)
+        state = SearchState(zero, zero, start_heldout=start)
     while state.searching:
         fallback = _round(search, state, most, on_scores)
         if fallback is not None:
@@ -293,6 +294,15 @@ def _references(policy: Policy, inner: InnerProblem, outer: OuterProblem, consol
             look_up_references(policy, inner)
         if section.objective == "dpo":  # the pairs' references, too, in one order whichever folds are read back
             outer.objective_value().prepare(policy, sorted(outer.preference, key=lambda pair: pair.id))
+
+
+def _start(search: _Search) -> float | None:
+    """J on the held-out pairs at theta_0, which tells whether any round was worth it, or None."""
+    if not search.judges or not search.folds.heldout:
+        return None
+    search.solver.policy.reset()
+    with search.console.phase("measure start"):
+        return search.monitor.heldout()
 
 
 def _warm_up(policy: Policy, inner: InnerProblem, outer: OuterProblem, console: Console) -> None:

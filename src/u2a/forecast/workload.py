@@ -153,11 +153,13 @@ class Workload:
             self._reference("reference", self._rows(inner.forget))
         if section.objective == "dpo":
             self._reference("reference", [row for pair in self.partition.preference for row in self._both(pair)])
+        judged = section.judges_rounds(section.heldout_frac > 0 or self.config.reward.model != "none")
+        if judged and (heldout := split_preference(self.outer).heldout):
+            self._value_of_j("measure start", heldout)
         if section.warmup_steps:
             self._inner_run("warm-up", inner.shortened(section.warmup_steps), inner.uniform())
         between = _with_steps(inner, section.inner_steps or inner.section.max_steps)
         block = math.ceil((most := n_to_select(inner, self.outer)) / section.rounds)
-        judged = section.judges_rounds(section.heldout_frac > 0 or self.config.reward.model != "none")
         for index in range(section.rounds):
             self._gains(inner)
             if judged:
@@ -212,25 +214,23 @@ class Workload:
         items = [Item(pair, rows) for pair, rows in zip(pairs, answers, strict=True)]
         if section.pair_clip < 1.0:
             self._add("gradient of J", Work("gradient", tuple(item.answers for item in items)))
-        # Each fold is batched alone; a batch more or less makes no difference.
-        batches = [
-            tuple(row for k in batch for row in items[k].answers)
-            for batch in item_batches(items, self.config.token_budget)
-        ]
-        self._add("gradient of J", Work("gradient", tuple(batches)))
+        batches = item_batches(items, self.config.token_budget)  # per fold in the run; a batch more makes no difference
+        rows = tuple(tuple(row for k in batch for row in items[k].answers) for batch in batches)
+        self._add("gradient of J", Work("gradient", rows))
 
     def _measure(self) -> None:
         """What is measured after every inner run: J on all PA pairs, and answers to a few of their prompts."""
         pairs = self.partition.preference
-        rows = [row for pair in pairs for row in self._both(pair)]
-        self._add("measure round", Work("forward", self._batches(rows)))
+        self._value_of_j("measure round", pairs)
         if self.config.reward.model != "none":
             probed = sorted(pairs, key=lambda pair: pair.id)[:PROBE_PROMPTS]
             self._generate("measure round", [pair.prompt for pair in probed], self.config.solve.reward_max_new_tokens)
 
+    def _value_of_j(self, name: str, pairs: Sequence[Pair]) -> None:
+        self._add(name, Work("forward", self._batches([row for pair in pairs for row in self._both(pair)])))
+
     def _arms(self) -> None:
-        inner, section = self.inner, self.config.solve
-        most = n_to_select(inner, self.outer)
+        inner, section, most = self.inner, self.config.solve, n_to_select(self.inner, self.outer)
         for arm in arms_of(self.config):
             name = f"unlearn {arm}"
             once = section.rounds == 1 and not section.final_refine  # else the best run may not be the last one
