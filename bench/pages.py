@@ -1,4 +1,4 @@
-"""Bench results to pages: `python bench/pages.py` writes docs/results/{scoring,selection}.md from bench/results/*.json.
+"""Bench results to pages: `python bench/pages.py` writes docs/results/NAME.md from bench/results/NAME.json.
 
 What the figures mean is written by hand in bench/results/NAME.notes.md and put first.
 """
@@ -6,7 +6,7 @@ What the figures mean is written by hand in bench/results/NAME.notes.md and put 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,20 +237,122 @@ def _questions(found: dict[str, Any]) -> str:
     )
 
 
+def pa_signal(found: dict[str, Any]) -> str:
+    """Table of what the preference pairs of every task say.
+
+    Args:
+        found: its document.
+
+    Returns:
+        Markdown.
+    """
+    head = ("task", "candidates", "PA pairs", "split-half", "predicted for all pairs", "p of no signal")
+    head += ("signal sd", "noise sd", "gain against length", "against NLL", "against reward", "chosen is shorter")
+    rows = []
+    for task, row in found["tasks"].items():
+        says, against = row["reliability"], row["gain_against"]
+        rows.append(
+            (task, row["candidates"], row["pairs"], says["split_half"], says["full_set"], says["p_signal"])
+            + (says["signal_sd"], says["noise_sd"], against["characters"], against["nll"], against["reward"])
+            + (row["chosen_shorter"],)
+        )
+    curves = [
+        (task, point["pairs"], point["split_half"], point["sd_over_draws"], point["signal_found"])
+        for task, row in found["tasks"].items()
+        for point in row["curve"]
+    ]
+    return "\n".join(
+        [
+            f"Seed {found['seed']}; {found['machine']['processor']}, {found['machine']['cores']} cores. Correlations "
+            "are Spearman's, over candidates.\n",
+            table(head, rows),
+            "## By number of pairs\n",
+            table(("task", "PA pairs", "split-half", "sd over draws of folds", "draws that claim signal"), curves),
+        ]
+    )
+
+
+def reward_agreement(found: dict[str, Any]) -> str:
+    """Table of how far two reward models agree on the candidates of every task.
+
+    Args:
+        found: its document.
+
+    Returns:
+        Markdown.
+    """
+
+    def with_ends(row: dict[str, Any]) -> str:
+        return f"{cell(row['value'])} {cell([row['low'], row['high']])}"
+
+    head = (
+        "task",
+        "candidates",
+        "prompts",
+        "other features",
+        "same features, other pairs",
+        "low-reward tokens (kappa)",
+    )
+    head += ("MiniLM head against shortness", "SmolLM2 head against shortness")
+    rows = [
+        (task, row["candidates"], row["rewards_spearman"]["prompts"], with_ends(row["rewards_spearman"]))
+        + (with_ends(row["rewards_spearman_same_features"]), with_ends(row["low_tokens_kappa"]))
+        + tuple(with_ends(row["shortness_spearman"][name]) for name in ("embedding", "language_model"))
+        for task, row in found["tasks"].items()
+    ]
+    return "\n".join(
+        [
+            f"Seed {found['seed']}; {found['machine']['processor']}, {found['machine']['cores']} cores. Spearman's "
+            "correlation over candidates, with 95 % bootstrap intervals over prompts.\n",
+            table(head, rows),
+        ]
+    )
+
+
+def selection_smollm2(found: dict[str, Any]) -> str:
+    """Table of predicted against measured gain on SmolLM2.
+
+    Args:
+        found: its document.
+
+    Returns:
+        Markdown.
+    """
+    rows = [
+        (name, row["lds"], row["lds_interval"], row["lds_heldout"], row["leave_group_out"], row["sign_accuracy"])
+        + (row["sign_base_rate"], row.get("seconds"))
+        for name, row in found["by"].items()
+    ]
+    head = ("by", "LDS", "95 %", "LDS, held-out J", "groups left out", "sign accuracy", "base rate", "seconds")
+    return "\n".join(
+        [
+            f"Task {found['task']}, seed {found['seed']}: {found['candidates']} candidates, {found['pairs']} PA pairs, "
+            f"{found['heldout']} held-out pairs, {found['steps']} steps of NPO; {found['draws']} random omega, "
+            f"{found['groups']} groups left out. {found['machine']['processor']}, {found['machine']['cores']} cores.\n",
+            table(head, rows),
+        ]
+    )
+
+
 SECTIONS = {"roughness": _roughness, "study": _study, "questions": _questions}
-TITLES = {"scoring": "Scoring: cost and accuracy", "selection": "Selection: validity, and when choosing pays"}
-COMMANDS = {"scoring": "make bench-scoring", "selection": "make bench-selection"}
+PAGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "scoring": ("Scoring: cost and accuracy", "make bench-scoring", scoring),
+    "selection": ("Selection: validity, and when choosing pays", "make bench-selection", selection),
+    "selection_smollm2": ("Selection: validity on SmolLM2", "make experiment-validity", selection_smollm2),
+    "pa_signal": ("What the preference pairs of every task say", "make experiment-signal", pa_signal),
+    "reward_agreement": ("Do two reward models agree?", "make experiment-rewards", reward_agreement),
+}
 
 
 def main() -> None:
     """Write the pages of all results that are there."""
-    for name, make in (("scoring", scoring), ("selection", selection)):
+    for name, (title, command, make) in PAGES.items():
         source = RESULTS / f"{name}.json"
         if not source.is_file():
             continue
         notes = RESULTS / f"{name}.notes.md"
         text = notes.read_text(encoding="utf-8") if notes.is_file() else ""
-        head = f"# {TITLES[name]}\n\nFrom `bench/results/{name}.json`, written by `{COMMANDS[name]}`.\n"
+        head = f"# {title}\n\nFrom `bench/results/{name}.json`, written by `{command}`.\n"
         found = json.loads(source.read_text(encoding="utf-8"))
         write_whole(DOCS / f"{name}.md", "\n".join([head, text, make(found)]))
 
