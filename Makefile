@@ -31,7 +31,7 @@ RUN ?= runs/demo
 # After the installation nothing may reach for the network, and no thread pool may fight another one.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection faults test-environment notebooks screenshot experiment-smoke experiment-main experiment-tasks experiment-bases experiment-policy-gradients experiment-ablation experiment-signal experiment-validity experiment-rewards clean
+.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection bench-pa-gain faults test-environment notebooks screenshot experiment-smoke experiment-main experiment-tasks experiment-bases experiment-policy-gradients experiment-ablation experiment-signal experiment-validity experiment-rewards clean
 help:
 	@echo "make demo    run all stages on the demo data, on the CPU"
 	@echo "make test    run the tests (not those marked slow, gpu or network)"
@@ -42,6 +42,7 @@ help:
 	@echo "make format  put the source in the checked style"
 	@echo "make bench-scoring  time the scoring of candidates (quiet machine; SafeRLHF in U2A_DATA or ../shared/data)"
 	@echo "make bench-selection  predicted against measured gain on a small model (data in U2A_DATA or ../shared/data)"
+	@echo "make bench-pa-gain  what more preference pairs bring on SmolLM2 (half an hour)"
 	@echo "make bench-rivals   install the libraries that bench-scoring compares with, into $(RIVALS)"
 	@echo "make screenshot  take the pictures of the report in docs/ again, from RUN=$(RUN) (needs Chromium)"
 	@echo "make experiment-smoke  every arm of the comparison on a tiny random model"
@@ -133,6 +134,10 @@ experiment-rewards: $(STAMP)
 experiment-validity: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/selection_smollm2.py \
 	  configs/experiment-main.yaml --out bench/results/selection_smollm2.json
+
+bench-pa-gain: $(STAMP)
+	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/pa_gain.py \
+	  configs/experiment-main.yaml --seeds 0,1 --out bench/results/pa_gain.json
 
 bench-rivals: $(RIVALS)/installed.stamp
 

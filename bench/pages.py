@@ -6,6 +6,7 @@ What the figures mean is written by hand in bench/results/NAME.notes.md and put 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -335,10 +336,55 @@ def selection_smollm2(found: dict[str, Any]) -> str:
 
 
 SECTIONS = {"roughness": _roughness, "study": _study, "questions": _questions}
+
+
+def pa_gain(found: dict[str, Any]) -> str:
+    """Table of held-out J against the number of preference pairs on SmolLM2.
+
+    Args:
+        found: its document.
+
+    Returns:
+        Markdown.
+    """
+    rows: list[tuple[object, ...]] = []
+    for seed, row in found["seeds"].items():
+        random = statistics.fmean(row["random_heldout"])
+        rows += [
+            (
+                seed,
+                each["pairs"],
+                each["draws"],
+                each["reliability"],
+                each["selected"],
+                statistics.fmean(each["heldout"]),
+            )
+            + (min(each["heldout"]), max(each["heldout"]), each["minus_random"])
+            for each in row["by_pairs"]
+        ]
+        rows += [
+            (seed, "random draws", len(row["random_heldout"]), None, None, random)
+            + (min(row["random_heldout"]), max(row["random_heldout"]), 0.0),
+            (seed, "all candidates", 1, None, found["candidates"], row["all_heldout"], None, None)
+            + (row["all_heldout"] - random,),
+            (seed, "start", 1, None, 0, row["start_heldout"], None, None, row["start_heldout"] - random),
+        ]
+    head = ("seed", "PA pairs", "draws", "split-half", "selected", "held-out J", "lowest", "highest", "minus random")
+    return "\n".join(
+        [
+            f"Task {found['task']}: {found['candidates']} candidates, {found['heldout']} held-out pairs, "
+            f"{found['steps']} steps of NPO for every choice. "
+            f"{found['machine']['processor']}, {found['machine']['cores']} cores.\n",
+            table(head, rows),
+        ]
+    )
+
+
 PAGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "scoring": ("Scoring: cost and accuracy", "make bench-scoring", scoring),
     "selection": ("Selection: validity, and when choosing pays", "make bench-selection", selection),
     "selection_smollm2": ("Selection: validity on SmolLM2", "make experiment-validity", selection_smollm2),
+    "pa_gain": ("What more preference pairs bring on SmolLM2", "make bench-pa-gain", pa_gain),
     "pa_signal": ("What the preference pairs of every task say", "make experiment-signal", pa_signal),
     "reward_agreement": ("Do two reward models agree?", "make experiment-rewards", reward_agreement),
 }

@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,28 @@ def world_of(setting: Setting) -> World:
     )
 
 
+def kept_lab(path: Path, task: str, seed: int) -> KeptLab:
+    """The lab of one setting of an experiment.
+
+    Args:
+        path: the experiment's protocol.
+        task: name of the task.
+        seed: of the setting, which is prepared where it is not there yet.
+
+    Returns:
+        A lab whose runs are kept in the setting's folder.
+    """
+    protocol = load_protocol(path)
+    place = Plan(protocol).place(Slot(task, next(iter(protocol.arms)), seed, None))
+    if not place.record.exists():
+        prepare(place, Console())
+    world = world_of(open_setting(place, place.config, QUIET))
+    section = place.config.unlearn.model_copy(
+        update={"learning_rate": 1e-3, "warmup_ratio": 0.5, "max_steps": STEPS, "retain_batch_size": 2}
+    )
+    return KeptLab(world, section, n_pa=N_PA, file=place.folder / "selection_runs.json")
+
+
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,17 +103,9 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=12, help="groups left out")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     args = parser.parse_args()
-    console = Console()
-    protocol = load_protocol(args.protocol)
-    place = Plan(protocol).place(Slot(args.task, next(iter(protocol.arms)), args.seed, None))
-    if not place.record.exists():
-        prepare(place, console)
-    world = world_of(open_setting(place, place.config, QUIET))
-    section = place.config.unlearn.model_copy(
-        update={"learning_rate": 1e-3, "warmup_ratio": 0.5, "max_steps": STEPS, "retain_batch_size": 2}
-    )
-    with console.phase("runs", 1 + args.draws + args.groups, "runs", saves=True) as advance:
-        lab = KeptLab(world, section, n_pa=N_PA, file=place.folder / "selection_runs.json", advance=advance)
+    whole = kept_lab(args.protocol, args.task, args.seed)
+    with Console().phase("runs", 1 + args.draws + args.groups, "runs", saves=True) as advance:
+        lab = replace(whole, advance=advance)
         measured = measure(lab, args.draws, args.groups, single=False)
     found: dict[str, Any] = {}
     for name in CHOSEN:
@@ -103,7 +117,12 @@ def main() -> None:
         found[name] = judged(scores, measured, lab.uniform(), args.seed)
     for figures in found.values():
         del figures["topk_precision"]  # single candidates are not left out here
-    sizes = {"candidates": N_CANDIDATES, "pairs": N_PA, "heldout": N_HELDOUT, "steps": STEPS}
+    sizes = {
+        "candidates": len(lab.ids),
+        "pairs": len(lab.preference),
+        "heldout": len(lab.world.heldout),
+        "steps": STEPS,
+    }
     text = json.dumps(
         {"task": args.task, "seed": args.seed, "draws": args.draws, "groups": args.groups, **sizes, "by": found}
         | {"base_j": measured.base.tolist(), "machine": machine("cpu")}
