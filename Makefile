@@ -42,7 +42,7 @@ help:
 	@echo "make format  put the source in the checked style"
 	@echo "make bench-scoring  time the scoring of candidates (quiet machine; SafeRLHF in U2A_DATA or ../shared/data)"
 	@echo "make bench-selection  predicted against measured gain on a small model (data in U2A_DATA or ../shared/data)"
-	@echo "make bench-pa-gain  what more preference pairs bring on SmolLM2 (half an hour)"
+	@echo "make bench-pa-gain  what more preference pairs bring on SmolLM2 (a quarter of an hour)"
 	@echo "make bench-rivals   install the libraries that bench-scoring compares with, into $(RIVALS)"
 	@echo "make screenshot  take the pictures of the report in docs/ again, from RUN=$(RUN) (needs Chromium)"
 	@echo "make experiment-smoke  every arm of the comparison on a tiny random model"
@@ -137,7 +137,7 @@ experiment-validity: $(STAMP)
 
 bench-pa-gain: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/pa_gain.py \
-	  configs/experiment-main.yaml --seeds 0,1 --out bench/results/pa_gain.json
+	  configs/experiment-main.yaml --out bench/results/pa_gain.json
 
 bench-rivals: $(RIVALS)/installed.stamp
 
