@@ -363,9 +363,12 @@ def test_fused_lora_gives_the_layers_own_values_and_leaves_them_as_they_were() -
             reference = answer_log_probs(policy.model, batch).token
         with policy.reference():
             expected = answer_log_probs(policy.model, batch).token
+        with fused_lora(policy.model), policy.reference():  # and one that is disabled inside is
+            inside = answer_log_probs(policy.model, batch).token
     assert not any("forward" in vars(layer) for layer in layers)
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
     assert torch.equal(reference, expected) and not torch.equal(reference, plain)
+    torch.testing.assert_close(inside, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_fused_lora_has_the_layers_own_gradients_and_second_derivatives() -> None:

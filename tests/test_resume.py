@@ -295,7 +295,7 @@ def inner_problem(**changes: Any) -> InnerProblem:
 def outer_problem(folder: Path | None, **changes: Any) -> OuterProblem:
     settings: dict[str, Any] = {
         "rounds": 2, "folds": 2, "heldout_frac": 0.3, "warmup_steps": 1, "adjoint": "implicit", "cg_steps": 3,
-        "fallback": "none", "n_selected": 3, "patience": 3,
+        "fallback": "none", "n_selected": 3, "patience": 3, "refine_adjoint": "unrolled",
     }  # fmt: skip
     return OuterProblem(pairs(9), SolveSection(**settings | changes), checkpoints=folder)
 

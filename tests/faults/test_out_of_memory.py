@@ -353,6 +353,7 @@ def test_a_run_with_little_memory_selects_the_same_and_says_its_sizes(
 def test_weights_stay_as_they_are_where_memory_does_not_suffice_to_refine_them() -> None:
     policy = tiny_policy(token_budget=10_000)
     section = SolveSection(adjoint="identity", fallback="none", rounds=1, warmup_steps=0, n_selected=4, folds=2)
+    section = section.model_copy(update={"refine_adjoint": "unrolled"})
     inner = InnerProblem(ROWS, section=UnlearnSection(batch_size=4, max_steps=2, retain_term="none"))
     with memory(2):
         found = solve(InnerSolver(policy), inner, OuterProblem(pairs(8), section), QUIET)
