@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from u2a.experiment.plan import Plan
 from u2a.experiment.protocol import load_protocol
 from u2a.experiment.runner import Options, run_experiment
 
+ROOT = Path(__file__).resolve().parents[2]
 ARMS = {
     "original": {"method": "original"},
     "chance": {"method": "random_k", "trials": [{"learning_rate": 1e-4}, {"learning_rate": 1e-2}]},
@@ -103,3 +105,22 @@ def test_a_damaged_file_is_one_clear_error(made: Path, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="cells.json: unreadable"):
         restore(Plan(load_protocol(path)), tmp_path / "tables" / CELLS)
     assert main(["experiment", str(path), "--tables", "--out", str(tmp_path / "tables")]) == 2
+
+
+@pytest.mark.parametrize("name", ["bases", "tasks"])
+def test_the_committed_tables_are_those_of_the_committed_cells(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(os.environ.get("U2A_DATA", ROOT.parent / "shared" / "data"))
+    if not (data / "halueval" / "qa.jsonl").is_file():
+        pytest.skip(f"{data} does not hold the data that cells are named by (set U2A_DATA)")
+    monkeypatch.setenv("U2A_DATA", str(data.resolve()))
+    monkeypatch.chdir(tmp_path)  # a run folder of its own
+    kept = ROOT / "docs" / "results" / name
+    shutil.copytree(kept, tmp_path / "tables")
+    (tmp_path / "tables" / "main.json").unlink()
+    protocol = ROOT / "configs" / f"experiment-{name}.yaml"
+    assert main(["experiment", str(protocol), "--tables", "--out", str(tmp_path / "tables")]) == 0
+    again, before = (json.loads((folder / "main.json").read_text()) for folder in (tmp_path / "tables", kept))
+    del again["machine"], before["machine"]  # the one that wrote the tables
+    assert again == before and before["contrasts"]
