@@ -152,11 +152,11 @@ def _fused_forward(module: LoraLinear) -> Callable[[Tensor], Tensor]:
     base, scaling = cast(nn.Linear, module.base_layer), module.scaling[name]
 
     def forward(x: Tensor) -> Tensor:
+        if module.disable_adapters:  # inside the block: for the reference of a retain term, say
+            return base(x.to(base.weight.dtype))
         rows = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
         out = base(rows)
-        if module.disable_adapters:  # since then: the reference of a retain term, say
-            pass
-        elif torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             out = torch.addmm(out, down(rows) * scaling, up.weight.t())
         else:  # torch counts its operations, not addmm_'s
             torch.addmm(out, down(rows), up.weight.t(), alpha=scaling, out=out)
