@@ -11,6 +11,7 @@ import pytest
 from small_experiment import write_experiment
 
 from u2a.cli import main
+from u2a.environment import machine_text
 from u2a.errors import RecordError
 from u2a.experiment import runner
 from u2a.experiment.kept import CELLS, KeptCells, restore
@@ -85,6 +86,21 @@ def test_what_is_missing_is_run_on_the_other_machine(made: Path, tmp_path: Path)
     assert again["levels"][-1]["measured"]["margin"] == before["levels"][-1]["measured"]["margin"]
 
 
+def test_tables_made_elsewhere_name_the_machines_that_ran_the_cells(made: Path, tmp_path: Path) -> None:
+    path = elsewhere(made, tmp_path)
+    kept = KeptCells.load(tmp_path / "tables" / CELLS)
+    assert {cell.machine for cell in kept.cells.values()} == {machine_text()}
+    first, *others = sorted(name for name, cell in kept.cells.items() if cell.split == "test")
+    ran = {first: "abacus, 1 cores, 0.1 GiB"} | dict.fromkeys(others, "")
+    cells = {name: cell.model_copy(update={"machine": ran.get(name, "tuning")}) for name, cell in kept.cells.items()}
+    kept.model_copy(update={"cells": cells}).save(tmp_path / "tables" / CELLS)
+    assert main(["experiment", str(path), "--tables", "--out", str(tmp_path / "tables")]) == 0
+    found = json.loads((tmp_path / "tables" / "main.json").read_text())
+    assert found["machines"] == {"": len(others), "abacus, 1 cores, 0.1 GiB": 1}
+    said = f"Machines: not recorded ({len(others)} cells); abacus, 1 cores, 0.1 GiB (1 cells)."
+    assert said in (tmp_path / "tables" / "main.md").read_text()
+
+
 def test_no_generated_answer_is_kept_but_what_was_measured_on_it_is(made: Path) -> None:
     assert any('"answers": {\n' in path.read_text() for path in (made / "out" / "cells").glob("*chance.s0*"))
     kept = KeptCells.load(made / "tables" / CELLS)
@@ -122,5 +138,4 @@ def test_the_committed_tables_are_those_of_the_committed_cells(
     protocol = ROOT / "configs" / f"experiment-{name}.yaml"
     assert main(["experiment", str(protocol), "--tables", "--out", str(tmp_path / "tables")]) == 0
     again, before = (json.loads((folder / "main.json").read_text()) for folder in (tmp_path / "tables", kept))
-    del again["machine"], before["machine"]  # the one that wrote the tables
     assert again == before and before["contrasts"]

@@ -99,6 +99,7 @@ class ExperimentFigures(Record):
         missing: cells that have not been run, by name.
         tuning: which trial was chosen for every tuned arm.
         replaced: protocols that stood there before, oldest first.
+        machines: that ran the main cells, by how many each; under an empty name those that do not say.
     """
 
     protocol: str
@@ -108,6 +109,7 @@ class ExperimentFigures(Record):
     missing: tuple[str, ...] = ()
     tuning: tuple[Tuned, ...] = ()
     replaced: tuple[Replaced, ...] = ()
+    machines: dict[str, int] = {}
 
 
 def analyse(protocol: Protocol, protocol_hash: str, cells: Cells, missing: Sequence[str] = ()) -> ExperimentFigures:
@@ -135,6 +137,7 @@ def analyse(protocol: Protocol, protocol_hash: str, cells: Cells, missing: Seque
         tasks=tasks,
         contrasts=tuple(contrasts),
         missing=tuple(missing),
+        machines=dict(sorted(Counter(cell.machine for cell in cells.results).items())),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from u2a import __version__
 from u2a.config import RunConfig
+from u2a.environment import machine_text
 from u2a.errors import NonFiniteError, Stopped
 from u2a.evaluation.arm import ArmResult, Instruments
 from u2a.experiment.arm import Arm, Selection, Track, Trained
@@ -84,6 +85,7 @@ class CellResult(Record):
         history: logged steps.
         seconds: wall seconds with evaluation.
         version: of u2a.
+        machine: that ran it, in one line; empty where that was not recorded.
     """
 
     key: str
@@ -108,6 +110,7 @@ class CellResult(Record):
     history: tuple[StepLog, ...] = ()
     seconds: float = 0.0
     version: str = __version__
+    machine: str = ""
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,7 @@ def run_cell(cell: Cell, arm: Arm, bench: Bench) -> CellResult:
         levels=tuple(course.results),
         spent=meter.spent(),
         seconds=round(time.monotonic() - begin, 3),
+        machine=machine_text(),
         **outcome,
     )
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from u2a.console import interval, number
-from u2a.environment import machine_text
 from u2a.experiment.analysis import ArmFigures, ExperimentFigures, LevelFigures, TaskFigures, break_even
 from u2a.experiment.contrasts import ContrastFigures
 from u2a.experiment.estimates import Figure
@@ -84,7 +83,7 @@ def document(protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Ve
     }
     return {
         "protocol": found.protocol,
-        "machine": machine_text(),
+        "machines": found.machines,
         "seeds": list(found.seeds),
         "tasks": tasks,
         "contrasts": [row.model_dump(mode="json") for row in found.contrasts],
@@ -130,13 +129,21 @@ def _head(protocol: Protocol, found: ExperimentFigures) -> list[str]:
         "",
         f"Protocol `{found.protocol}`; seeds {', '.join(map(str, found.seeds))}. One unit "
         "of the budget is one pass of gradient ascent over all candidates; selection, reference, retain rows, "
-        f"generation and reward scoring are charged, evaluation is not. Levels: {budgets}. Machine: {machine_text()}.",
+        f"generation and reward scoring are charged, evaluation is not. Levels: {budgets}. {_machines(found)}.",
         "",
     ]
     lines += [_history(found), ""]
     if found.missing:
         lines += [f"**{len(found.missing)} cells have not been run**; they are listed at the end.", ""]
     return lines
+
+
+def _machines(found: ExperimentFigures) -> str:
+    """Where the cells were run, which need not be where the tables are made."""
+    if len(found.machines) == 1 and "" not in found.machines:
+        return f"Machine: {next(iter(found.machines))}"
+    counts = (f"{name or 'not recorded'} ({cells} cells)" for name, cells in found.machines.items())
+    return f"Machines: {'; '.join(counts) or 'none yet'}"
 
 
 def _history(found: ExperimentFigures) -> str:
