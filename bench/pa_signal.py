@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from machine import machine
 from pa_curve import curve
+from prepared import prepared_settings
 
 from u2a.bilevel.select import spearman
 from u2a.bilevel.solve import score
-from u2a.experiment.plan import Plan, Slot
-from u2a.experiment.protocol import load_protocol
-from u2a.experiment.setting import Setting, open_setting, prepare
+from u2a.experiment.setting import Setting, open_setting
 from u2a.experiment.unlearning_arms import inner_problem, losses_of, outer_problem, rewards_of
 from u2a.progress import Console
 from u2a.record import write_whole
@@ -37,15 +36,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     args = parser.parse_args()
-    plans = [Plan(load_protocol(path)) for path in args.protocols]
-    places = {task: (plan, next(iter(plan.protocol.arms))) for plan in plans for task in plan.protocol.tasks}
     found: dict[str, Any] = {}
-    for task in args.tasks or places:
-        (plan, arm), console = places[task], Console()
-        place = plan.place(Slot(task, arm, args.seed, None))
-        if not place.record.exists():
-            prepare(place, console)
-        found[task] = signal(open_setting(place, place.config, console))
+    for task, place in prepared_settings(args.protocols, args.tasks, args.seed):
+        found[task] = signal(open_setting(place, place.config, Console()))
         print(json.dumps({task: found[task]}), flush=True)
     text = json.dumps({"seed": args.seed, "tasks": found, "machine": machine("cpu")})
     if args.out:

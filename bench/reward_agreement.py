@@ -14,13 +14,10 @@ from typing import Any
 
 import numpy as np
 from machine import machine
+from prepared import prepared_settings
 
 from u2a.data import prompt_key
 from u2a.evaluation.stats import Interval
-from u2a.experiment.plan import Plan, Slot
-from u2a.experiment.protocol import load_protocol
-from u2a.experiment.setting import prepare
-from u2a.progress import Console
 from u2a.record import write_whole
 from u2a.reward.analysis import split_reward_pairs
 from u2a.reward.association import association, kappa, spearman
@@ -58,14 +55,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     args = parser.parse_args()
-    plans = [Plan(load_protocol(path)) for path in args.protocols]
-    places = {task: (plan, next(iter(plan.protocol.arms))) for plan in plans for task in plan.protocol.tasks}
     found: dict[str, Any] = {}
-    for task in args.tasks or places:
-        plan, arm = places[task]
-        place = plan.place(Slot(task, arm, args.seed, None))
-        if not place.record.exists():
-            prepare(place, Console())
+    for task, place in prepared_settings(args.protocols, args.tasks, args.seed):
         found[task] = agreement(Partition.load(place.folder / "sets.json"), args.seed)
         print(json.dumps({task: found[task]}), flush=True)
     text = json.dumps({"seed": args.seed, "tasks": found, "machine": machine("cpu")})

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from lab import QUIET, Lab
 from machine import machine
+from prepared import prepared_settings
 from small_world import World
 from torch import Tensor
 from validity import ADJOINTS, control_scores, judged, measure
 
-from u2a.experiment.plan import Plan, Slot
-from u2a.experiment.protocol import load_protocol
-from u2a.experiment.setting import Setting, open_setting, prepare
+from u2a.experiment.setting import Setting, open_setting
 from u2a.progress import Advance, Console
 from u2a.record import content_id, write_whole
 
@@ -82,10 +81,7 @@ def kept_lab(path: Path, task: str, seed: int) -> KeptLab:
     Returns:
         A lab whose runs are kept in the setting's folder.
     """
-    protocol = load_protocol(path)
-    place = Plan(protocol).place(Slot(task, next(iter(protocol.arms)), seed, None))
-    if not place.record.exists():
-        prepare(place, Console())
+    ((_, place),) = prepared_settings([path], [task], seed)
     world = world_of(open_setting(place, place.config, QUIET))
     section = place.config.unlearn.model_copy(
         update={"learning_rate": 1e-3, "warmup_ratio": 0.5, "max_steps": STEPS, "retain_batch_size": 2}
