@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lab import QUIET, SCREENING, Lab
 from machine import machine
-from selection_smollm2 import KeptLab, kept_lab
+from selection_smollm2 import RUNS, KeptLab, kept_lab
 from torch import Tensor
 
 from u2a.bilevel.adjoint import InnerPoint
@@ -140,11 +140,12 @@ def main() -> None:
     parser.add_argument("protocol", type=Path)
     parser.add_argument("--task", default="halueval")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
+    parser.add_argument("--runs", type=Path, default=RUNS, help="keep J of every run here, and go on from there")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     args = parser.parse_args()
     seeds: dict[str, Any] = {}
     for seed in args.seeds:
-        lab = kept_lab(args.protocol, args.task, seed)
+        lab = kept_lab(args.protocol, args.task, seed, args.runs)
         seeds[str(seed)] = measured(lab)
         print(json.dumps({str(seed): seeds[str(seed)]}), flush=True)
     sizes = {"candidates": len(lab.ids), "heldout": len(lab.world.heldout), "steps": lab.section.max_steps}

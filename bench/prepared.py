@@ -11,7 +11,9 @@ from u2a.experiment.setting import Workplace, prepare
 from u2a.progress import Console
 
 
-def prepared_settings(protocols: Sequence[Path], tasks: Sequence[str] | None, seed: int) -> Iterator[tuple[str, Workplace]]:
+def prepared_settings(
+    protocols: Sequence[Path], tasks: Sequence[str] | None, seed: int
+) -> Iterator[tuple[str, Workplace]]:
     """Go through the settings of one seed, each prepared when its turn comes.
 
     Args:

