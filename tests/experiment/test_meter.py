@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -162,3 +164,53 @@ def test_waiting_costs_wall_time_but_no_cpu_time() -> None:
     spent = meter.spent()
     assert 0.2 <= spent.seconds["train"] < 0.39
     assert spent.cpu_seconds["train"] < 0.1
+
+
+def small_operations() -> None:
+    tensor = torch.zeros(8, 8)
+    for _ in range(3000):
+        tensor = (tensor * 0.5).add(1.0).tanh()
+
+
+def test_what_counting_itself_takes_is_not_charged() -> None:
+    def least(work: Callable[[], float]) -> float:
+        return min(work() for _ in range(5))
+
+    def alone() -> float:
+        start = time.process_time()
+        small_operations()
+        return time.process_time() - start
+
+    def charged() -> float:
+        meter = Meter()
+        with meter.phase("generate"):
+            small_operations()
+        return meter.spent().cpu_seconds["generate"]
+
+    def with_counting() -> float:
+        meter, start = Meter(), time.process_time()
+        with meter.phase("generate"):
+            small_operations()
+        return time.process_time() - start
+
+    plain, found, counted = least(alone), least(charged), least(with_counting)
+    assert counted > 1.2 * plain, "the work is not one that counting delays"
+    assert 0.6 * plain < found < plain + 0.85 * (counted - plain)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets the peak of a process's memory")
+def test_memory_is_that_of_the_phases_alone() -> None:
+    meter, size = Meter(), 256 * 2**20
+    with meter.phase("train"):
+        product()
+        before = meter.spent().peak_rss_bytes
+        with meter.paused():
+            block = bytearray(b"1") * size  # an evaluation, say
+            assert len(block) == size
+            del block
+        product()
+    assert meter.spent().peak_rss_bytes < before + size / 2
+    with meter.phase("train"):
+        block = bytearray(b"1") * size
+        del block
+    assert meter.spent().peak_rss_bytes > before + size / 2

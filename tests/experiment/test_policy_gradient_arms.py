@@ -92,6 +92,18 @@ def test_prompts_and_advantages_are_those_of_a_hand_computation(method: Method) 
         assert float(loss) == pytest.approx(float((-by_hand + beta * divergence).mean()), rel=1e-3)
 
 
+def test_a_pass_that_a_sparing_implementation_does_not_need_is_not_charged() -> None:
+    setting = tiny_setting(reward=visible(), batch_size=6)
+    with trainer_of("rloo", setting) as trainer:
+        setting.policy.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        made = trainer._generate_and_score_completions([trainer.train_dataset[row] for row in (4, 4, 4, 1, 1, 1)])
+        spent = trainer.meter.spent().flops
+        assert "train" not in spent and min(spent["generate"], spent["reference"]) > 0
+        trainer._compute_loss(setting.policy.model, made)
+    assert 1.0 < trainer.meter.spent().flops["train"] / spent["reference"] < 1.5  # one pass, with the adapter
+
+
 def test_the_reward_function_passes_turns_and_stripped_answers() -> None:
     seen: list[Any] = []
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from u2a.progress import peak_rss_bytes
+from u2a.progress import peak_rss_bytes, reset_peak_rss
 from u2a.record import Row
 
 Phase = Literal["select", "train", "generate", "reward", "reference", "retain", "prepare"]
@@ -24,9 +24,9 @@ class Spent(Row):
 
     Attributes:
         flops: floating-point operations by phase, two per multiply-add, counted by tensor shapes.
-        seconds: wall seconds by phase.
-        cpu_seconds: CPU seconds of this process by phase, which a busy machine changes less.
-        peak_rss_bytes: peak resident memory of the process so far.
+        seconds: wall seconds by phase, less what counting the operations takes.
+        cpu_seconds: CPU seconds of this process by phase, likewise; a busy machine changes them less.
+        peak_rss_bytes: peak resident memory of the process within the phases (elsewhere than on Linux: so far).
     """
 
     flops: dict[str, int] = {}
@@ -55,6 +55,7 @@ class Meter:
         self._cpu: defaultdict[str, float] = defaultdict(float)
         self._counter: _Counter | None = None
         self._since = (0.0, 0.0)
+        self._peak = 0
 
     @property
     def flops(self) -> int:
@@ -89,7 +90,7 @@ class Meter:
             flops=dict(self._flops),
             seconds={name: round(value, 4) for name, value in self._seconds.items()},
             cpu_seconds={name: round(value, 4) for name, value in self._cpu.items()},
-            peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_bytes=self._peak,
         )
 
     @contextmanager
@@ -106,12 +107,15 @@ class Meter:
             name = self._open[-1]
             assert name is not None
             self._counter.__exit__(None, None, None)
+            wall, cpu = time.perf_counter() - self._since[0], time.process_time() - self._since[1]
             self._flops[name] += self._counter.flops
-            self._seconds[name] += time.perf_counter() - self._since[0]
-            self._cpu[name] += time.process_time() - self._since[1]
+            self._seconds[name] += max(0.0, wall - self._counter.cost)
+            self._cpu[name] += max(0.0, cpu - self._counter.cost)
+            self._peak = max(self._peak, peak_rss_bytes())
             self._counter = None
         change()
         if self._open and self._open[-1] is not None:
+            reset_peak_rss()
             self._since = time.perf_counter(), time.process_time()
             self._counter = _Counter()
             self._counter.__enter__()
@@ -122,13 +126,17 @@ class _Counter(TorchDispatchMode):
 
     Attributes:
         flops: counted so far.
+        cost: seconds spent in here, the operations themselves left out. It does not hold what torch takes to come in
+            here and back: about half of the whole delay.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self.cost = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        begin = time.perf_counter()
         named = kwargs or {}
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is None and torch.is_inference_mode_enabled():  # there a linear layer arrives as one operation
@@ -136,9 +144,12 @@ class _Counter(TorchDispatchMode):
                 parts = func.decompose(*args, **named)
             if parts is not NotImplemented:
                 return parts
+        start = time.perf_counter()
         out = func(*args, **named)
+        end = time.perf_counter()
         if formula is not None:
             self.flops += formula(*args, **named, out_val=out)
+        self.cost += start - begin + time.perf_counter() - end
         return out
 
 

@@ -7,9 +7,11 @@ Their datasets hold row numbers alone; the collators here turn them into the ver
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -197,9 +199,15 @@ class _Metered:
             return super()._generate_single_turn(*arguments, **named)  # type: ignore[misc]
 
     def _get_per_token_logps_and_entropies(self, *arguments: Any, **named: Any) -> Any:
-        """Count passes with the adapter disabled as the reference's."""
-        with self.meter.phase("reference" if adapter_is_off(self.model) else "train"):
+        """Count passes with the adapter disabled as the reference's, and those of the policy with gradients."""
+        off = adapter_is_off(self.model)
+        with self.meter.phase("reference") if off else self._counted():
             return super()._get_per_token_logps_and_entropies(*arguments, **named)  # type: ignore[misc]
+
+    def _counted(self) -> AbstractContextManager[None]:
+        # TRL's RLOO asks for the log-probabilities of fresh answers without gradients, too. With one step per draw they
+        # are those of the training pass: a sparing implementation has no such pass, so it is not charged.
+        return self.meter.phase("train") if torch.is_grad_enabled() else self.meter.paused()
 
     def _send_telemetry(self) -> None:
         """Send nothing."""

@@ -6,7 +6,6 @@ middle one. What is measured are seconds per floating-point operation, so that o
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import tempfile
 import time
@@ -35,7 +34,7 @@ from u2a.evaluation.generation import generate_ids
 from u2a.forecast.flops import Shape, Sizes, shape_of
 from u2a.forecast.workload import Rows, Workload
 from u2a.modeling import Params, Policy
-from u2a.progress import Quiet, peak_rss_bytes
+from u2a.progress import Quiet, peak_rss_bytes, reset_peak_rss
 from u2a.types import Example
 from u2a.unlearn import InnerProblem, trainer_of, weighted_rows
 
@@ -130,28 +129,13 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self._gpu)
             work()
             return int(torch.cuda.max_memory_allocated(self._gpu))
-        _reset_peak()
+        reset_peak_rss()
         work()
-        return _peak()
+        return peak_rss_bytes()
 
     def _wait(self) -> None:
         if self._gpu is not None:
             torch.cuda.synchronize(self._gpu)
-
-
-def _reset_peak() -> None:
-    """Let Linux forget the peak of this process's memory."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak() -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return peak_rss_bytes()
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
-    return found[0] if found else peak_rss_bytes()
 
 
 def counted_flops(work: Callable[[], object]) -> float:
