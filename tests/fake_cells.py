@@ -80,6 +80,7 @@ def cell(arm: str, seed: int, shift: float, status: str = "ok", up_to: float = 4
         error="" if status == "ok" else "broke",
         unit_flops=100,
         levels=levels,
+        spent=levels[-1].spent,
         weights={"x": 1.0},
         fallback="random_k" if seed == 0 else "none",
     )

@@ -6,6 +6,7 @@ No path, host name, user name or value of an environment variable is shown, and 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import locale
 import os
@@ -74,6 +75,19 @@ def machine_text() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = _gpus()
     return f"{_processor()}, {cores} cores, {_memory()}" + ("" if gpu.startswith("none") else f", {gpu}")
+
+
+def libraries_text() -> str:
+    """Name the libraries that results depend on, in one line.
+
+    Returns:
+        Names with versions; what is not installed is left out.
+    """
+    found = []
+    for name in ("torch", "transformers", "peft", "trl"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
 
 
 def _processor() -> str:

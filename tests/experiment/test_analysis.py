@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from statistics import fmean
 
@@ -43,6 +44,33 @@ def test_verdicts_follow_interval_correction_and_direction() -> None:
     assert analyse(single, "h", cells({"a": -2.0, "b": 0.0})).contrasts[0].verdict == "worse"
     assert cost.difference is not None and cost.difference > 0 and cost.verdict == "worse"  # a perplexity that rises
     assert analyse(single, "h", cells({"a": 0.0, "b": 0.01})).contrasts[0].verdict == "equivalent"
+
+
+def replaced(found: Cells, arm: str, change: Callable[[CellResult], dict[str, object]]) -> Cells:
+    """The cells with the last level of an arm's cells changed."""
+    results = [
+        item.model_copy(update={"levels": (*item.levels[:-1], item.levels[-1].model_copy(update=change(item)))})
+        if item.arm == arm
+        else item
+        for item in found.results
+    ]
+    return Cells(results, found.groups, found.starts)
+
+
+def test_equivalence_needs_prompts_to_agree_and_arms_that_did_something() -> None:
+    single = protocol(families={"main": {"level": 4.0, "contrasts": [["a", "b"]]}})
+    found = cells({"a": 0.0, "b": 0.01})
+    idle = replaced(found, "a", lambda _: {"untrained": True})
+    assert analyse(single, "h", idle).contrasts[0].verdict == "not shown"
+
+    def apart(item: CellResult) -> dict[str, object]:  # every prompt differs by 2, one way or the other, in all seeds
+        other = next(each for each in found.results if (each.arm, each.seed) == ("b", item.seed)).levels[-1].measured
+        sides = {name: 2.0 if int(group[1:]) % 4 < 2 else -2.0 for name, group in GROUPS.items()}
+        margin = {name: value + sides[name] + 0.01 * item.seed for name, value in other.margin.items()}
+        return {"measured": other.model_copy(update={"margin": margin})}
+
+    row = analyse(single, "h", replaced(found, "a", apart)).contrasts[0]
+    assert abs(row.difference or 9.0) < 0.05 and row.verdict == "not shown"  # seeds alone would call it equivalent
 
 
 def test_a_family_is_tested_on_its_tasks_alone() -> None:
@@ -99,8 +127,10 @@ def test_figures_of_an_arm() -> None:
     for c in [c for c in found.results if c.arm == "a"]:
         base = fmean(prompt_means(found.starts["one", c.seed].margin).values())
         one, four = (fmean(prompt_means(level.measured.margin).values()) - base for level in c.levels)
-        rises.append((one / 2 + 3 * (one + four) / 2) / 4)
+        rises.append(((1.0 - 0.07) * one / 2 + 3 * (one + four) / 2) / 4)  # at the start until choosing is paid
     assert arm.area == pytest.approx(fmean(rises))
+    assert arm.chosen_at == pytest.approx(0.07)
+    assert arm.levels[1].metrics["passes"].value == pytest.approx(4.07)
 
 
 def test_seeds_with_other_prompts_are_refused() -> None:
@@ -136,4 +166,8 @@ def test_curves() -> None:
     late, early = [(0.0, 0.0), (1.0, 0.0), (3.0, 4.0)], [(0.0, 0.0), (1.0, 1.0), (3.0, 2.0)]
     assert break_even(late, early) == pytest.approx(1.0 + 2.0 / 3.0)
     assert break_even(early, late) is None
-    assert break_even(late, late) == 0.0
+    assert break_even(late, late) is None
+    waits = [(0.0, 0.0), (1.4, 0.0), (2.4, 1.0), (4.0, 2.0)]  # chooses until 1.4
+    plain = [(0.0, 0.0), (2.4, 0.8), (4.0, 1.0)]
+    assert break_even(waits, plain) == pytest.approx(2.1)
+    assert break_even(plain, waits) is None

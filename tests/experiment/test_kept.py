@@ -11,7 +11,7 @@ import pytest
 from small_experiment import write_experiment
 
 from u2a.cli import main
-from u2a.environment import machine_text
+from u2a.environment import libraries_text, machine_text
 from u2a.errors import RecordError
 from u2a.experiment import runner
 from u2a.experiment.kept import CELLS, KeptCells, restore
@@ -89,7 +89,7 @@ def test_what_is_missing_is_run_on_the_other_machine(made: Path, tmp_path: Path)
 def test_tables_made_elsewhere_name_the_machines_that_ran_the_cells(made: Path, tmp_path: Path) -> None:
     path = elsewhere(made, tmp_path)
     kept = KeptCells.load(tmp_path / "tables" / CELLS)
-    assert {cell.machine for cell in kept.cells.values()} == {machine_text()}
+    assert {(cell.machine, cell.libraries) for cell in kept.cells.values()} == {(machine_text(), libraries_text())}
     first, *others = sorted(name for name, cell in kept.cells.items() if cell.split == "test")
     ran = {first: "abacus, 1 cores, 0.1 GiB"} | dict.fromkeys(others, "")
     cells = {name: cell.model_copy(update={"machine": ran.get(name, "tuning")}) for name, cell in kept.cells.items()}
@@ -97,7 +97,7 @@ def test_tables_made_elsewhere_name_the_machines_that_ran_the_cells(made: Path, 
     assert main(["experiment", str(path), "--tables", "--out", str(tmp_path / "tables")]) == 0
     found = json.loads((tmp_path / "tables" / "main.json").read_text())
     assert found["machines"] == {"": len(others), "abacus, 1 cores, 0.1 GiB": 1}
-    said = f"Machines: not recorded ({len(others)} cells); abacus, 1 cores, 0.1 GiB (1 cells)."
+    said = f"Machine: not recorded ({len(others)} cells); abacus, 1 cores, 0.1 GiB (1 cells)."
     assert said in (tmp_path / "tables" / "main.md").read_text()
 
 

@@ -51,17 +51,54 @@ def test_nothing_run_shows_nothing() -> None:
     assert judge(race, nothing, ())[0].finding == judge(race, cells({"a": 1.0}), ())[0].finding == "not run"
 
 
-@pytest.mark.parametrize(("at_most", "finding"), [(0.3, "shown"), (0.01, "refuted")])
+@pytest.mark.parametrize(("at_most", "finding"), [(0.3, "shown"), (0.01, "not shown")])
 def test_cheaper_means_as_much_for_a_share_of_the_budget(at_most: float, finding: str) -> None:
     declared = statement(rule="cheaper", arms=["a", "b"], at_most=at_most)
     found = cells({"a": 8.0, "b": 0.5})  # a has more at level 1 of 4 than b at its end
     verdict = judge(declared, found, ())[0]
     assert verdict.finding == finding
-    shares = [float(part) for part in verdict.why.split(": ")[1].split(", ")]
-    assert shares == [0.25] * 6  # a measured point, nothing before it
+    share = "0.25" if finding == "shown" else "0.00 to 0.25"  # a measured point, and nothing is known before it
+    assert verdict.why.split(": ")[1].split(", ") == [share] * 6
 
 
-@pytest.mark.parametrize(("speed", "finding"), [(1.0, "shown"), (0.01, "refuted")])
+@pytest.mark.parametrize(("at_most", "finding"), [(1.0, "shown"), (0.5, "not shown"), (0.25, "refuted")])
+def test_between_two_measured_points_nothing_is_known(at_most: float, finding: str) -> None:
+    declared = statement(rule="cheaper", arms=["a", "b"], at_most=at_most)
+    verdict = judge(declared, cells({"a": 1.0, "b": 0.5}), ())[0]  # a has less than b's end at level 1, more at 4
+    assert verdict.finding == finding
+    assert verdict.why.count("1.00" if finding == "shown" else "0.25 to 1.00") == 6
+
+
+def test_waiting_after_the_end_was_reached_makes_the_other_arm_no_cheaper() -> None:
+    declared, found = statement(rule="cheaper", arms=["a", "b"], at_most=0.3), cells({"a": 8.0, "b": 0.5})
+    idle = [
+        item.model_copy(
+            update={"levels": (item.levels[0], item.levels[1].model_copy(update={"measured": item.levels[0].measured}))}
+        )
+        for item in found.results
+        if item.arm == "b"
+    ]
+    rest = [item for item in found.results if item.arm == "a"]
+    verdict = judge(declared, Cells([*rest, *idle], found.groups, found.starts), ())[0]
+    assert verdict.finding == "not shown" and verdict.why.count("0.00 to 1.00") == 6
+
+
+def test_a_seed_that_failed_or_is_still_to_be_run_is_not_dropped() -> None:
+    race = statement(rule="cheaper", arms=["a", "b"], at_most=0.3)
+    verdict = judge(race, cells({"a": 8.0, "b": 0.5}, failed=("b", 4)), ())[0]
+    assert verdict.finding == "not shown" and verdict.why.endswith("0.25, 1 failed")
+    found = cells({"a": 8.0, "b": 0.5})
+    some = Cells([item for item in found.results if item.seed != 3], found.groups, found.starts)
+    verdict = judge(race, some, ())[0]
+    assert verdict.finding == "unfinished" and verdict.why.endswith("0.25, 1 not run")
+    for rule in ("better", "not_worse"):
+        declared = statement(rule=rule, family="main")
+        row = analyse(declared, "h", some).contrasts[0]
+        assert (row.verdict, row.n_missing, row.n_seeds) == ("unfinished", 1, 5)
+        assert judge(declared, some, [row])[0].finding == "unfinished"
+
+
+@pytest.mark.parametrize(("speed", "finding"), [(1.0, "shown"), (0.01, "not shown")])
 def test_cheaper_in_seconds_reads_what_the_processor_spent(speed: float, finding: str) -> None:
     declared = statement(rule="cheaper", arms=["a", "b"], at_most=0.3, spent="cpu_seconds")
     results = [cell("a", seed, 8.0, speed=speed) for seed in SEEDS] + [cell("b", seed, 0.5) for seed in SEEDS]

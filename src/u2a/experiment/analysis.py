@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
+
+import numpy as np
 
 from u2a.experiment.cell import CellResult
 from u2a.experiment.contrasts import ContrastFigures, family_contrasts
@@ -55,8 +57,11 @@ class ArmFigures(Row):
         fallbacks: seeds by what was done instead of ranking.
         split_half: mean reliability of the gains it ranked by, or None.
         phases: mean FLOPs by phase of the whole cell.
+        phase_passes: the same in units of the budget, each seed's own.
         phase_seconds: mean wall seconds by phase.
+        chosen_at: mean budget that choosing takes, up to which the policy stands at the start.
         area: mean preference margin over the start's, averaged over the budget from 0 to the last level of all arms.
+        start: figures of the start by metric, over the arm's own seeds.
         levels: by level.
     """
 
@@ -69,8 +74,11 @@ class ArmFigures(Row):
     fallbacks: dict[str, int] = {}
     split_half: float | None = None
     phases: dict[str, float] = {}
+    phase_passes: dict[str, float] = {}
     phase_seconds: dict[str, float] = {}
+    chosen_at: float = 0.0
     area: float | None = None
+    start: dict[str, Figure] = {}
     levels: tuple[LevelFigures, ...] = ()
 
 
@@ -99,7 +107,7 @@ class ExperimentFigures(Record):
         missing: cells that have not been run, by name.
         tuning: which trial was chosen for every tuned arm.
         replaced: protocols that stood there before, oldest first.
-        machines: that ran the main cells, by how many each; under an empty name those that do not say.
+        machines, libraries: that ran the main cells, by how many each; under an empty name those that do not say.
     """
 
     protocol: str
@@ -110,6 +118,7 @@ class ExperimentFigures(Record):
     tuning: tuple[Tuned, ...] = ()
     replaced: tuple[Replaced, ...] = ()
     machines: dict[str, int] = {}
+    libraries: dict[str, int] = {}
 
 
 def analyse(protocol: Protocol, protocol_hash: str, cells: Cells, missing: Sequence[str] = ()) -> ExperimentFigures:
@@ -138,23 +147,29 @@ def analyse(protocol: Protocol, protocol_hash: str, cells: Cells, missing: Seque
         contrasts=tuple(contrasts),
         missing=tuple(missing),
         machines=dict(sorted(Counter(cell.machine for cell in cells.results).items())),
+        libraries=dict(sorted(Counter(cell.libraries for cell in cells.results).items())),
     )
 
 
 def _task(protocol: Protocol, cells: Cells, task: str) -> TaskFigures:
-    starts = {seed: found for (name, seed), found in cells.starts.items() if name == task}
-    start = {
-        metric: figure_by_prompt({seed: cells.prompts(task, seed, read(found)) for seed, found in starts.items()})
-        for metric, read in BY_PROMPT.items()
-    }
-    start["retain_ppl"] = figure_by_seed([retain_ppl(found) for found in starts.values()])
     units = {cell.seed: float(cell.unit_flops) for cell in cells.results if cell.task == task}
     arms = tuple(_arm(protocol, cells, task, arm) for arm in protocol.arms if task in protocol.tasks_of(arm))
     return TaskFigures(
-        start={name: figure for name, figure in start.items() if figure.value is not None},
+        start=_start(cells, task, {seed for name, seed in cells.starts if name == task}),
         arms=arms,
         unit_flops=fmean(units.values()) if units else None,
     )
+
+
+def _start(cells: Cells, task: str, seeds: Collection[int]) -> dict[str, Figure]:
+    """Figures of the start over some seeds."""
+    starts = {seed: cells.starts[task, seed] for seed in sorted(seeds) if (task, seed) in cells.starts}
+    figures = {
+        metric: figure_by_prompt({seed: cells.prompts(task, seed, read(found)) for seed, found in starts.items()})
+        for metric, read in BY_PROMPT.items()
+    }
+    figures["retain_ppl"] = figure_by_seed([retain_ppl(found) for found in starts.values()])
+    return {name: figure for name, figure in figures.items() if figure.value is not None}
 
 
 def _arm(protocol: Protocol, cells: Cells, task: str, arm: str) -> ArmFigures:
@@ -172,7 +187,12 @@ def _arm(protocol: Protocol, cells: Cells, task: str, arm: str) -> ArmFigures:
         fallbacks=dict(Counter(cell.fallback for cell in fine if cell.weights is not None)),
         split_half=fmean(defined) if defined else None,
         phases=_mean_by_name([cell.spent.flops for cell in fine]),
+        phase_passes=_mean_by_name(
+            [{name: flops / cell.unit_flops for name, flops in cell.spent.flops.items()} for cell in fine]
+        ),
         phase_seconds=_mean_by_name([cell.spent.seconds for cell in fine]),
+        chosen_at=fmean(map(_chosen_at, fine)) if fine else 0.0,
+        start=_start(cells, task, {cell.seed for cell in fine}),
         area=_area(cells, task, fine, min(protocol.levels_of(name)[-1] for name in protocol.arms)),
         levels=tuple(_level(cells, task, fine, k) for k in range(len(protocol.levels_of(arm)))) if fine else (),
     )
@@ -185,6 +205,7 @@ def _level(cells: Cells, task: str, fine: Sequence[CellResult], k: int) -> Level
         values = {seed: cells.prompts(task, seed, values_of(metric, found)) for seed, found in at.items()}
         metrics[metric] = figure_by_prompt(values)
     metrics |= {metric: figure_by_seed([read(found) for found in at.values()]) for metric, read in BY_SEED.items()}
+    metrics["passes"] = figure_by_seed([cell.levels[k].spent.total_flops / cell.unit_flops for cell in fine])
     return LevelFigures(
         level=fine[0].levels[k].level,
         n_reached=sum(found.reached for found in at.values()),
@@ -202,12 +223,17 @@ def _area(cells: Cells, task: str, fine: Sequence[CellResult], last: float) -> f
         if begin is None or not begin.margin:
             return None
         base = fmean(cells.prompts(task, cell.seed, begin.margin).values())
-        points = [(0.0, 0.0)]
+        points = [(0.0, 0.0), (min(last, _chosen_at(cell)), 0.0)]
         for found in (level for level in cell.levels if level.level <= last):
             mean = fmean(cells.prompts(task, cell.seed, found.measured.margin).values())
             points.append((found.level, mean - base))
-        areas.append(area(points))
+        areas.append(area(sorted(points)))
     return fmean(areas) if areas else None
+
+
+def _chosen_at(cell: CellResult) -> float:
+    """Budget that choosing takes; the arm trains after it."""
+    return cell.spent.flops.get("select", 0) / cell.unit_flops
 
 
 def area(points: Sequence[tuple[float, float]]) -> float:
@@ -231,23 +257,31 @@ def break_even(first: Sequence[tuple[float, float]], second: Sequence[tuple[floa
     """The budget from which one curve is above another one and stays so, by straight lines between their points.
 
     Args:
-        first: (budget, value), budgets rising.
-        second: the same at the same budgets.
+        first: (budget, value), budgets not falling, from and to the same budgets as the second one.
+        second: the same.
 
     Returns:
-        The budget; None when the first curve is below the second one at the end.
+        The budget; None when the first curve is not above the second one at the end.
 
     >>> break_even([(0.0, 0.0), (2.0, 0.0), (4.0, 3.0)], [(0.0, 0.0), (2.0, 1.0), (4.0, 2.0)])
     3.0
+    >>> break_even([(0.0, 0.0), (1.0, 0.0), (4.0, 3.0)], [(0.0, 0.0), (4.0, 2.0)])
+    2.0
     """
-    leads = [(at, high - low) for (at, high), (_, low) in zip(first, second, strict=True)]
-    behind = [index for index, (_, lead) in enumerate(leads) if lead < 0.0]
-    if not behind:
-        return leads[0][0]
-    if behind[-1] == len(leads) - 1:
+    budgets = sorted({at for at, _ in (*first, *second)})
+    leads = [(at, _height(first, at) - _height(second, at)) for at in budgets]
+    if leads[-1][1] <= 0.0:
         return None
-    (left, low), (right, high) = leads[behind[-1]], leads[behind[-1] + 1]
+    behind = max((index for index, (_, lead) in enumerate(leads) if lead <= 0.0), default=None)
+    if behind is None:
+        return leads[0][0]
+    (left, low), (right, high) = leads[behind], leads[behind + 1]
     return left + (right - left) * -low / (high - low)
+
+
+def _height(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Value of a broken line at a budget."""
+    return float(np.interp(at, [budget for budget, _ in points], [value for _, value in points]))
 
 
 def _mean_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

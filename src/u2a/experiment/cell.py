@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from u2a import __version__
 from u2a.config import RunConfig
-from u2a.environment import machine_text
+from u2a.environment import libraries_text, machine_text
 from u2a.errors import NonFiniteError, Stopped
 from u2a.evaluation.arm import ArmResult, Instruments
 from u2a.experiment.arm import Arm, Selection, Track, Trained
@@ -86,6 +86,7 @@ class CellResult(Record):
         seconds: wall seconds with evaluation.
         version: of u2a.
         machine: that ran it, in one line; empty where that was not recorded.
+        libraries: it ran with, likewise.
     """
 
     key: str
@@ -111,6 +112,7 @@ class CellResult(Record):
     seconds: float = 0.0
     version: str = __version__
     machine: str = ""
+    libraries: str = ""
 
 
 @dataclass(frozen=True)
@@ -296,6 +298,7 @@ def run_cell(cell: Cell, arm: Arm, bench: Bench) -> CellResult:
         spent=meter.spent(),
         seconds=round(time.monotonic() - begin, 3),
         machine=machine_text(),
+        libraries=libraries_text(),
         **outcome,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from u2a.errors import ConfigError
-from u2a.evaluation.significance import equivalence, holm, sign_flip_test
+from u2a.evaluation.significance import equivalence, holm, sign_flip_test, within_margin
 from u2a.experiment.cell import LevelResult
 from u2a.experiment.estimates import BY_SEED, LOWER_IS_BETTER, PROMPT_METRICS, Cells, crossed, t_interval, values_of
 from u2a.experiment.protocol import FamilySection, Protocol
@@ -21,13 +21,15 @@ class ContrastFigures(Row):
         difference: mean; interval in ``low`` and ``high`` (95 %).
         n_seeds, n_prompts: what it rests on.
         n_lost: seeds that it does not rest on although they were run, since a side failed, diverged or collapsed.
+        n_missing: declared seeds that a side has not been run with.
         n_untrained: of ``n_seeds``, those in which the first and in which the second arm stood at the start.
         p: two-sided p-value of flipping the signs of whole seeds; never below 2^(1 - n_seeds).
         p_holm: the same, corrected over all tests of the family.
         margin: largest difference that does not matter, declared beforehand, or None.
-        equivalent: whether two one-sided tests over seeds show the difference to be within it; None without.
-        verdict: ``better``, ``worse`` (the interval excludes 0 and p_holm <= 0.05), ``equivalent``, ``not shown``, or
-            ``not run``.
+        equivalent: whether two one-sided tests over seeds show the difference to be within it, and so does the 90 %
+            interval over seeds and prompts where prompts are the unit; None without.
+        verdict: ``better``, ``worse`` (the interval excludes 0 and p_holm <= 0.05), ``equivalent``, ``not shown``,
+            ``unfinished`` (some declared seeds have not been run: no verdict is taken on the way), or ``not run``.
             Nothing is shown where seeds were lost, or by an arm that nothing was done to in any seed.
     """
 
@@ -43,6 +45,7 @@ class ContrastFigures(Row):
     n_seeds: int
     n_prompts: int | None
     n_lost: int
+    n_missing: int
     n_untrained: tuple[int, int]
     p: float | None
     p_holm: float | None = None
@@ -63,12 +66,11 @@ def family_contrasts(name: str, family: FamilySection, protocol: Protocol, cells
     Returns:
         One row per contrast and task; a contrast that cannot be computed counts in the correction.
     """
-    margin = protocol.margins.get(family.metric)
     rows = []
     for task in protocol.tasks if family.tasks is None else family.tasks:
         for first, second in family.contrasts:
             if all(task in protocol.tasks_of(arm) for arm in (first, second)):
-                rows.append(_contrast(name, family, task, (first, second), margin, cells))
+                rows.append(_contrast(name, protocol, task, (first, second), cells))
     adjusted = holm({str(k): row.p for k, row in enumerate(rows)})
     return [
         row.model_copy(update={"p_holm": adjusted[str(k)], "verdict": _verdict(row, adjusted[str(k)])})
@@ -76,16 +78,18 @@ def family_contrasts(name: str, family: FamilySection, protocol: Protocol, cells
     ]
 
 
-def _contrast(
-    name: str, family: FamilySection, task: str, arms: tuple[str, str], margin: float | None, cells: Cells
-) -> ContrastFigures:
+def _contrast(name: str, protocol: Protocol, task: str, arms: tuple[str, str], cells: Cells) -> ContrastFigures:
+    family = protocol.families[name]
+    margin = protocol.margins.get(family.metric)
     sides = [
         {cell.seed: level for cell in cells.of(task, arm) for level in cell.levels if level.level == family.level}
         for arm in arms
     ]
     ok = [{cell.seed for cell in cells.of(task, arm) if cell.status == "ok"} for arm in arms]
     run = {cell.seed for cell in cells.of(task, arms[0])} & {cell.seed for cell in cells.of(task, arms[1])}
+    declared = set(protocol.seeds_of(arms[0], task)) & set(protocol.seeds_of(arms[1], task))
     seeds = sorted(sides[0].keys() & sides[1].keys() & ok[0] & ok[1])
+    inside: bool | None = True  # where the seed is the unit there is one test
     if family.metric in PROMPT_METRICS:
         pairs = {
             seed: [cells.prompts(task, seed, values_of(family.metric, side[seed])) for side in sides] for seed in seeds
@@ -98,6 +102,7 @@ def _contrast(
         interval = crossed(differences)
         means = {seed: fmean(values.values()) for seed, values in differences.items()}
         n_prompts: int | None = interval.n
+        inside = None if margin is None else within_margin(crossed(differences, level=0.9), margin)
     elif family.metric in BY_SEED:
         values = {seed: [BY_SEED[family.metric](side[seed]) for side in sides] for seed in seeds}
         means = {
@@ -121,10 +126,11 @@ def _contrast(
         n_seeds=len(means),
         n_prompts=n_prompts,
         n_lost=len(run) - len(means),
+        n_missing=len(declared - run),
         n_untrained=(_untrained(sides[0], means), _untrained(sides[1], means)),
         p=sign_flip_test(means).p if means else None,
         margin=margin,
-        equivalent=None if tost is None else tost.equivalent,
+        equivalent=None if tost is None or tost.equivalent is None or inside is None else tost.equivalent and inside,
     )
 
 
@@ -135,10 +141,12 @@ def _untrained(side: Mapping[int, LevelResult], means: Mapping[str, float]) -> i
 def _verdict(row: ContrastFigures, p_holm: float | None) -> str:
     if row.n_lost or not row.n_seeds:
         return "not shown" if row.n_lost else "not run"
+    if row.n_missing:
+        return "unfinished"
     if row.low is not None and row.high is not None and p_holm is not None and p_holm <= 0.05:
         lower = row.metric in LOWER_IS_BETTER
         side = "better" if (row.low > 0) != lower else "worse"
         idle = row.n_untrained[0 if side == "better" else 1]
         if (row.low > 0 or row.high < 0) and idle < row.n_seeds:
             return side
-    return "equivalent" if row.equivalent else "not shown"
+    return "equivalent" if row.equivalent and max(row.n_untrained) < row.n_seeds else "not shown"

@@ -134,11 +134,12 @@ def figure_by_prompt(values: Mapping[int, Mapping[str, float]]) -> Figure:
     return Figure(value=interval.value, low=interval.low, high=interval.high, n_seeds=len(filled), n_prompts=interval.n)
 
 
-def crossed(values: Mapping[str, Mapping[str, float]]) -> Interval:
+def crossed(values: Mapping[str, Mapping[str, float]], level: float = 0.95) -> Interval:
     """Mean over seeds and prompts, both resampled.
 
     Args:
         values: by seed and prompt, the same prompts under every seed.
+        level: coverage in (0, 1).
 
     Returns:
         The interval; it has no ends with one seed, since prompts alone would look too certain.
@@ -152,7 +153,7 @@ def crossed(values: Mapping[str, Mapping[str, float]]) -> Interval:
             "the seeds did not measure the same prompts, so nothing can be said over seeds "
             "(set partition.held_out_seed in the task's configuration)"
         )
-    return hierarchical_difference(values, RESAMPLES, seed=0)
+    return hierarchical_difference(values, RESAMPLES, seed=0, level=level)
 
 
 def figure_by_seed(values: Sequence[float | None]) -> Figure:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,7 @@ def document(protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Ve
     return {
         "protocol": found.protocol,
         "machines": found.machines,
+        "libraries": found.libraries,
         "seeds": list(found.seeds),
         "tasks": tasks,
         "contrasts": [row.model_dump(mode="json") for row in found.contrasts],
@@ -129,7 +129,8 @@ def _head(protocol: Protocol, found: ExperimentFigures) -> list[str]:
         "",
         f"Protocol `{found.protocol}`; seeds {', '.join(map(str, found.seeds))}. One unit "
         "of the budget is one pass of gradient ascent over all candidates; selection, reference, retain rows, "
-        f"generation and reward scoring are charged, evaluation is not. Levels: {budgets}. {_machines(found)}.",
+        f"generation and reward scoring are charged, evaluation is not. Levels: {budgets}. "
+        f"{_ran_by('Machine', found.machines)} {_ran_by('Libraries', found.libraries)}",
         "",
     ]
     lines += [_history(found), ""]
@@ -138,12 +139,12 @@ def _head(protocol: Protocol, found: ExperimentFigures) -> list[str]:
     return lines
 
 
-def _machines(found: ExperimentFigures) -> str:
-    """Where the cells were run, which need not be where the tables are made."""
-    if len(found.machines) == 1 and "" not in found.machines:
-        return f"Machine: {next(iter(found.machines))}"
-    counts = (f"{name or 'not recorded'} ({cells} cells)" for name, cells in found.machines.items())
-    return f"Machines: {'; '.join(counts) or 'none yet'}"
+def _ran_by(what: str, counts: Mapping[str, int]) -> str:
+    """Where and with what the cells were run, which need not be where the tables are made."""
+    if len(counts) == 1 and "" not in counts:
+        return f"{what}: {next(iter(counts))}."
+    parts = (f"{name or 'not recorded'} ({cells} cells)" for name, cells in counts.items())
+    return f"{what}: {'; '.join(parts) or 'none yet'}."
 
 
 def _history(found: ExperimentFigures) -> str:
@@ -191,7 +192,7 @@ def _task(protocol: Protocol, name: str, task: TaskFigures, figures: Sequence[st
         columns = [key for key in COLUMNS if any(key in found.metrics for _, found in shown)]
         head = ["arm", "seeds", *(COLUMNS[key] for key in columns), "passes", "CPU s", "remark"]
         start = ["start", "-", *(_cell(task.start.get(key)) for key in columns), "0", "0", ""]
-        rows = [start, *(_row(arm, found, columns, task.unit_flops or math.nan) for arm, found in shown)]
+        rows = [start, *(_row(arm, found, columns) for arm, found in shown)]
         lines += [f"### At level {level:g}", "", *table(head, rows)]
     lines += _break_evens(protocol, task)
     lines += [text for path in figures for text in (f"![{path.removesuffix('.svg')}]({path})", "")]
@@ -200,28 +201,34 @@ def _task(protocol: Protocol, name: str, task: TaskFigures, figures: Sequence[st
 
 def _break_evens(protocol: Protocol, task: TaskFigures) -> list[str]:
     """From which budget on the first arm of each contrast has the higher mean margin."""
-    start = task.start.get("preference_margin")
-    curves = {arm.arm: _points(arm, "preference_margin", start) for arm in task.arms}
+    curves = {arm.arm: _points(arm, "preference_margin") for arm in task.arms}
     pairs = dict.fromkeys(pair for family in protocol.families.values() for pair in family.contrasts)
     parts = []
     for first, second in pairs:
         both = curves.get(first, []), curves.get(second, [])
-        if protocol.arms[second].method == "original" or len(both[0]) < 2 or len(both[0]) != len(both[1]):
+        if protocol.arms[second].method == "original" or not all(both) or both[0][-1][0] != both[1][-1][0]:
             continue
         at = break_even(*both)
         parts.append(f"{first} over {second} " + ("not within these budgets" if at is None else f"from {at:.1f} on"))
     return [f"Break-even of the mean preference margin, in passes: {'; '.join(parts)}.", ""] if parts else []
 
 
-def _points(arm: ArmFigures, metric: str, start: Figure | None) -> list[tuple[float, float]]:
+def _course(arm: ArmFigures, metric: str) -> list[tuple[float, Figure]]:
+    """Figures of an arm by budget: it stands at the start until choosing is paid."""
+    start, chosen = arm.start.get(metric) or Figure(value=None), arm.chosen_at
+    levels = [(found.level, found.metrics.get(metric) or Figure(value=None)) for found in arm.levels]
+    waits = [(chosen, start)] if levels and 0.0 < chosen < levels[-1][0] else []
+    return [(0.0, start), *sorted([*waits, *levels], key=lambda point: point[0])]
+
+
+def _points(arm: ArmFigures, metric: str) -> list[tuple[float, float]]:
     """(budget, value) of an arm from the start on; empty where a value is missing."""
-    figures = [start, *(found.metrics.get(metric) for found in arm.levels)]
-    values = [figure.value for figure in figures if figure is not None and figure.value is not None]
-    levels = [0.0, *(found.level for found in arm.levels)]
-    return list(zip(levels, values, strict=True)) if len(values) == len(levels) else []
+    course = [(at, figure.value) for at, figure in _course(arm, metric)]
+    known = [(at, value) for at, value in course if value is not None]
+    return known if len(known) == len(course) > 1 else []
 
 
-def _row(arm: ArmFigures, found: LevelFigures, columns: Sequence[str], unit: float) -> list[str]:
+def _row(arm: ArmFigures, found: LevelFigures, columns: Sequence[str]) -> list[str]:
     remarks = []
     if found.n_untrained:
         remarks.append(f"at the start in {found.n_untrained} of {arm.n_seeds}")
@@ -232,12 +239,12 @@ def _row(arm: ArmFigures, found: LevelFigures, columns: Sequence[str], unit: flo
     remarks += [f"{name} in {count}" for name, count in arm.fallbacks.items() if name != "none"]
     if arm.split_half is not None:
         remarks.append(f"split-half {arm.split_half:.2f}")
-    cost = [found.metrics.get("flops"), found.metrics.get("cpu_seconds")]
+    cost = [found.metrics.get("passes"), found.metrics.get("cpu_seconds")]
     return [
         arm.arm,
         str(arm.n_seeds),
         *(_cell(found.metrics.get(key)) for key in columns),
-        "-" if cost[0] is None or cost[0].value is None else f"{cost[0].value / unit:.2f}",
+        "-" if cost[0] is None or cost[0].value is None else f"{cost[0].value:.2f}",
         "-" if cost[1] is None else number(cost[1].value),
         "; ".join(remarks),
     ]
@@ -295,19 +302,14 @@ def _figures(protocol: Protocol, name: str, task: TaskFigures, folder: Path) -> 
     wanted = dict.fromkeys(arm for family in families for pair in family.contrasts for arm in pair)
     arms = [arm for arm in task.arms if arm.arm in wanted or not wanted][:CURVES]
     for metric in ("preference_margin", "retain_ppl"):
-        start = task.start.get(metric)
-        series = [_curve(arm, metric, start, colour) for colour, arm in enumerate(arms)]
+        series = [_curve(arm, metric, colour) for colour, arm in enumerate(arms)]
         frame = Frame(f"{name}: {COLUMNS[metric]}", "budget (passes over all candidates)", metric.replace("_", " "))
         chart = xy_chart(frame, series, whole=False)
         if chart:
             files.append(folder / f"main-{name}-{metric}.svg")
             save_figure(chart, files[-1])
-    unit = task.unit_flops or math.nan
     cost = [
-        (f"{arm.arm}: {phase}", flops / unit)
-        for arm in arms
-        for phase, flops in arm.phases.items()
-        if flops / unit > 0.005
+        (f"{arm.arm}: {phase}", passes) for arm in arms for phase, passes in arm.phase_passes.items() if passes > 0.005
     ]
     chart = bar_chart(f"{name}: compute by phase", cost, "passes")
     if chart:
@@ -316,8 +318,7 @@ def _figures(protocol: Protocol, name: str, task: TaskFigures, folder: Path) -> 
     return files
 
 
-def _curve(arm: ArmFigures, metric: str, start: Figure | None, colour: int) -> Series:
-    figures = [start or Figure(value=None), *(found.metrics.get(metric) or Figure(value=None) for found in arm.levels)]
+def _curve(arm: ArmFigures, metric: str, colour: int) -> Series:
+    budgets, figures = zip(*_course(arm, metric), strict=True)
     error = [None if f.low is None or f.high is None else (f.high - f.low) / 2 for f in figures]
-    levels = [0.0, *(found.level for found in arm.levels)]
-    return Series(arm.arm, levels, [figure.value for figure in figures], colour % CURVES, error)
+    return Series(arm.arm, list(budgets), [figure.value for figure in figures], colour % CURVES, error)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
-from u2a.experiment.cell import LevelResult
+from u2a.experiment.cell import CellResult, LevelResult
 from u2a.experiment.contrasts import ContrastFigures
 from u2a.experiment.estimates import BY_PROMPT, Cells
 from u2a.experiment.measured import Measured
 from u2a.experiment.protocol import Protocol, StatementSection
 from u2a.record import Row
 
-Finding = Literal["shown", "not shown", "refuted", "not run"]
+Finding = Literal["shown", "not shown", "refuted", "unfinished", "not run"]
 
 
 class Verdict(Row):
@@ -22,7 +22,8 @@ class Verdict(Row):
     Attributes:
         name: of the statement.
         text: the statement.
-        finding: ``shown``, ``not shown`` or ``refuted``, at this scale; ``not run`` where there is nothing to judge by.
+        finding: ``shown``, ``not shown`` or ``refuted``, at this scale; ``unfinished`` where declared seeds are
+            still to be run, ``not run`` where there is nothing to judge by.
         why: the figures behind it, in one line.
     """
 
@@ -64,6 +65,8 @@ def _by_contrasts(section: StatementSection, rows: Sequence[ContrastFigures]) ->
     why = "; ".join(parts) or "no contrast"
     if set(verdicts) <= {"not run"}:
         return "not run", why
+    if set(verdicts) & {"unfinished", "not run"}:
+        return "unfinished", why
     if "worse" in verdicts:
         return "refuted", why
     return ("shown" if rows and set(verdicts) <= wanted else "not shown"), why
@@ -71,34 +74,63 @@ def _by_contrasts(section: StatementSection, rows: Sequence[ContrastFigures]) ->
 
 def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tuple[Finding, str]:
     """Whether the first arm reaches what the second one has in the end with at most a share of what that one spent."""
-    first, second = section.arms
-    read = BY_PROMPT[section.metric]
-    shares: list[float | None] = []
-    known: list[str] = []
-    for task in protocol.tasks:
-        ends = {cell.seed: cell.levels[-1] for cell in cells.of(task, second) if cell.status == "ok"}
-        for cell in cells.of(task, first):
-            start = cells.starts.get((task, cell.seed))
-            if cell.status != "ok" or cell.seed not in ends or start is None:
-                continue
-
-            def mean(measured: Measured, task: str = task, seed: int = cell.seed) -> float:
-                return fmean(cells.prompts(task, seed, dict(read(measured))).values())
-
-            end = ends[cell.seed]  # points that were measured count, and nothing between them
-            target = mean(end.measured)
-            if target <= mean(start):
-                known.append(f"{second} gained nothing")
-                continue
-            there = [level for level in cell.levels if read(level.measured) and mean(level.measured) >= target]
-            shares.append(_spent(section, there[0]) / _spent(section, end) if there else None)
-            known.append("not reached" if shares[-1] is None else f"{shares[-1]:.2f}")
-    within = [share is not None and share <= section.at_most for share in shares]
+    found: list[tuple[bool | None, str]] = []
+    missing = lost = 0
+    tasks = [task for task in protocol.tasks if all(task in protocol.tasks_of(arm) for arm in section.arms)]
+    for task in tasks:
+        sides = [{cell.seed: cell for cell in cells.of(task, arm)} for arm in section.arms]
+        seeds = [protocol.seeds_of(arm, task) for arm in section.arms]
+        for seed in min(seeds, key=len):  # both are the first ones of the same list
+            both = [side.get(seed) for side in sides]
+            start = cells.starts.get((task, seed))
+            if both[0] is None or both[1] is None or start is None:
+                missing += 1
+            elif both[0].status != "ok" or both[1].status != "ok":
+                lost += 1
+            else:
+                found.append(_share(section, cells, start, both[0], both[1]))
+    parts = [text for _, text in found] + [f"{lost} failed"] * bool(lost) + [f"{missing} not run"] * bool(missing)
     unit = section.spent.replace("cpu_seconds", "CPU seconds")
-    why = f"{first} needs this share of {second}'s {unit}, by seed: {', '.join(known) or 'no cell'}"
-    if len(shares) < len(known) or not known:
-        return "not shown" if known else "not run", why
-    return ("shown" if all(within) else "not shown" if any(within) else "refuted"), why
+    first, second = section.arms
+    why = f"{first} needs this share of {second}'s {unit}, by seed: {', '.join(parts) or 'no cell'}"
+    if missing or not parts:
+        return ("unfinished" if found or lost else "not run"), why
+    within = {answer for answer, _ in found}
+    if lost or None in within or len(within) != 1:
+        return "not shown", why
+    return ("shown" if within == {True} else "refuted"), why
+
+
+def _share(
+    section: StatementSection, cells: Cells, start: Measured, first: CellResult, second: CellResult
+) -> tuple[bool | None, str]:
+    """Whether the share is small enough on one seed (None: the measured points do not tell), and what it is.
+
+    What the second arm spent counts up to the first point at which it had what it has in the end: waiting longer does
+    not make the first one cheaper. Points that were measured count, and nothing between them; where the last point of
+    the first arm before it reaches the target is still within the share, nothing is known.
+
+    Returns:
+        The answer and the share.
+    """
+    read = BY_PROMPT[section.metric]
+
+    def mean(measured: Measured) -> float:
+        return fmean(cells.prompts(first.task, first.seed, dict(read(measured))).values())
+
+    measured = [[level for level in cell.levels if read(level.measured)] for cell in (first, second)]
+    target = mean(second.levels[-1].measured)
+    if target <= mean(start):
+        return None, f"{second.arm} gained nothing"
+    needed = _spent(section, next(level for level in measured[1] if mean(level.measured) >= target))
+    shares = [_spent(section, level) / needed for level in measured[0]]
+    at = next((k for k, level in enumerate(measured[0]) if mean(level.measured) >= target), None)
+    if at is None:
+        return (False if shares and shares[-1] >= section.at_most else None), "not reached"
+    if shares[at] <= section.at_most:
+        return True, f"{shares[at]:.2f}"
+    before = shares[at - 1] if at else 0.0
+    return (False if before >= section.at_most else None), f"{before:.2f} to {shares[at]:.2f}"
 
 
 def _spent(section: StatementSection, level: LevelResult) -> float:
