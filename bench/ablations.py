@@ -17,7 +17,7 @@ from u2a.bilevel.select import spearman
 from u2a.bilevel.solve import score
 from u2a.bilevel.unrolled import Unrolled
 from u2a.bilevel.weight import drop_small, refine
-from u2a.config import RewardSection, SolveSection
+from u2a.config import RewardSection, SolveSection, UnlearnSection
 from u2a.errors import NotConverged
 from u2a.record import derive_seed
 from u2a.reward.analysis import analyse
@@ -79,7 +79,9 @@ def curvature_stress(lab: Lab, truth: Tensor, k: int) -> list[dict[str, object]]
         | {"heldout_j": float(lab.measured(draws)[:, 1].mean())},
     ]
     for kind, name, damping in cases:
-        adjoint: Adjoint = Identity() if kind == "identity" else Implicit(SOLVER, make_curvature(name), damping)  # type: ignore[arg-type]
+        adjoint: Adjoint = Identity()
+        if kind != "identity":
+            adjoint = Implicit(SOLVER, make_curvature(name, UnlearnSection()), damping)  # type: ignore[arg-type]
         row: dict[str, object] = {"adjoint": kind, "curvature": name, "damping": damping}
         try:
             found = adjoint.derivatives(lab.point(), [lab.gradient()], QUIET)

@@ -20,16 +20,17 @@ from u2a.bilevel.hypergrad import Identity, Implicit
 from u2a.bilevel.linsolve import CG
 from u2a.bilevel.select import spearman
 from u2a.bilevel.unrolled import Unrolled
+from u2a.config import UnlearnSection
 from u2a.record import derive_seed
 from u2a.reward.embedding import Embedder, train_embedding_reward
 
 SOLVER = CG(max_steps=30, tol=1e-3)
 ADJOINTS: dict[str, Adjoint] = {
     "identity": Identity(),
-    "implicit_hessian": Implicit(SOLVER, make_curvature("hessian")),
-    "implicit_gauss_newton": Implicit(SOLVER, make_curvature("gauss_newton")),
-    "implicit_fisher": Implicit(SOLVER, make_curvature("fisher")),
-    "implicit_adam": Implicit(SOLVER, make_curvature("adam"), damping=0.01),
+    "implicit_hessian": Implicit(SOLVER, make_curvature("hessian", UnlearnSection())),
+    "implicit_gauss_newton": Implicit(SOLVER, make_curvature("gauss_newton", UnlearnSection())),
+    "implicit_fisher": Implicit(SOLVER, make_curvature("fisher", UnlearnSection())),
+    "implicit_adam": Implicit(SOLVER, make_curvature("adam", UnlearnSection()), damping=0.01),
     "unrolled": Unrolled(),
 }
 CONTROLS = ("random", "loss", "gradient_norm", "lowest_reward")

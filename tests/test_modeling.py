@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -388,6 +389,34 @@ def test_fused_lora_has_the_layers_own_gradients_and_second_derivatives() -> Non
     scale = max(float(value.abs().max()) for value in plain)
     assert scale > 1.0
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_fused_lora_gives_the_layers_own_values_under_autocast() -> None:
+    policy = tiny_policy(lora_b_sd=0.3)
+    batch = policy.collate(encode_all(policy, examples(3)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = answer_log_probs(policy.model, batch).token
+        with fused_lora(policy.model):
+            fused = answer_log_probs(policy.model, batch).token
+    torch.testing.assert_close(fused, plain, rtol=0.02, atol=0.05)
+
+
+def test_the_change_of_an_adapted_embedding_counts() -> None:
+    adapter = LoraConfig(r=2, lora_alpha=6, target_modules=["embed_tokens", "q_proj"])
+    policy = Policy(tiny_model(), tiny_tokenizer(), adapter)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in policy.trainable().items():
+        if "_B" in name:
+            value.data.copy_(torch.randn(value.shape, generator=generator))
+    expected = 0.0
+    for module in policy.model.modules():
+        if isinstance(module, LoraLayer):
+            expected += float(module.get_delta_weight("default").double().square().sum())
+    assert float(policy.change_sq()) == pytest.approx(expected, rel=1e-5)
+    embedding = [value for name, value in policy.trainable().items() if "embedding_B" in name]
+    assert len(embedding) == 1 and float(embedding[0].abs().sum()) > 0
+    policy.scale_change(0.5)
+    assert float(policy.change_sq()) == pytest.approx(expected / 4, rel=1e-5)
 
 
 def test_fused_lora_leaves_a_layer_alone_that_drops_out_while_it_trains() -> None:

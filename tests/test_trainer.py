@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from inner_oracle import GradientTape, dense_losses, encode_all, flat, gradient, quiet, relative
 from tiny import ask, examples, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
+from u2a.bilevel.score import rounds_to_16_bits
 from u2a.callbacks import FiniteGradients
 from u2a.encoding import Encoded, collate
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
@@ -186,6 +187,14 @@ def test_retain_gradient_equals_the_dense_one(tmp_path: Path, term: str, adapter
     settings |= {"retain_term": term, "guard": False}
     with_term = first_gradient(tmp_path, weighted(), retain, policy(), reference, **settings)
     assert relative((with_term - without) / 50.0, expected) < 2e-4
+
+
+def test_mixed_precision_reaches_the_guard_and_the_scorers(tmp_path: Path) -> None:
+    policy = tiny_policy(lora_b_sd=0.05)
+    assert not rounds_to_16_bits(policy)
+    trainer = trained(tmp_path, weighted(), policy, RETAIN, bf16=True, max_steps=2, guard_steps=1)
+    assert trainer.guard is not None and len(trainer.guard.measured) >= 2
+    assert rounds_to_16_bits(policy)  # accelerate has put autocast into the model's forward: no finite differences
 
 
 def test_retain_terms_at_the_start(tmp_path: Path) -> None:

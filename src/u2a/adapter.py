@@ -76,8 +76,10 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterConfig | LoraConfig, see
         ModelError: peft refuses the configuration, or it trains more than LoRA matrices.
     """
     config = adapter if isinstance(adapter, LoraConfig) else lora_config(adapter, model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    devices = sorted({value.device.index for value in model.parameters() if value.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
+            generator.manual_seed(seed)  # torch.manual_seed would leave a trace in the generators of other devices
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
@@ -156,7 +158,7 @@ def _fused_forward(module: LoraLinear) -> Callable[[Tensor], Tensor]:
             return base(x.to(base.weight.dtype))
         rows = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
         out = base(rows)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or out.dtype != up.weight.dtype:  # another type under autocast, which casts this one
             out = torch.addmm(out, down(rows) * scaling, up.weight.t())
         else:  # torch counts its operations, not addmm_'s
             torch.addmm(out, down(rows), up.weight.t(), alpha=scaling, out=out)

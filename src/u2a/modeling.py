@@ -340,11 +340,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def lora_factors(module: LoraLayer) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors A and B of a LoRA layer on a linear module or an embedding: the change is scaling * B A.
+
+    Args:
+        module: the layer.
+
+    Returns:
+        (r, in) and (out, r) by adapter; of an embedding the change is transposed.
+    """
+    linear = {name: (cast(Tensor, part.weight), module.lora_B[name].weight) for name, part in module.lora_A.items()}
+    embedding = {name: (part, module.lora_embedding_B[name]) for name, part in module.lora_embedding_A.items()}
+    return cast(dict[str, tuple[Tensor, Tensor]], linear | embedding)
+
+
 def lora_change_sq(model: nn.Module) -> Tensor:
     """Sum over adapted modules of ||scaling * B A||_F^2.
 
     Args:
-        model: a PEFT model with linear LoRA layers.
+        model: a PEFT model.
 
     Returns:
         Scalar tensor, differentiable in A and B.
@@ -355,12 +369,11 @@ def lora_change_sq(model: nn.Module) -> Tensor:
     terms = []
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for name in module.lora_A:
-                down = cast(Tensor, module.lora_A[name].weight).float()
-                up = cast(Tensor, module.lora_B[name].weight).float()
+            for name, (down, up) in lora_factors(module).items():
+                down, up = down.float(), up.float()
                 terms.append(module.scaling[name] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
     if not terms:
-        raise ModelError("model.adapter: it has no LoRA layer on a linear module (see model.adapter.target_modules)")
+        raise ModelError("model.adapter: it has no LoRA layer (see model.adapter.target_modules)")
     return torch.stack(terms).sum()
 
 

@@ -25,7 +25,7 @@ from u2a.bilevel.linsolve import CG
 from u2a.bilevel.operators import Diagonal, mean_eigenvalue
 from u2a.bilevel.proximal import proximal_diagonal, proximal_product
 from u2a.bilevel.vectors import dot, norm, plus
-from u2a.config import AdapterConfig
+from u2a.config import AdapterConfig, UnlearnSection
 from u2a.encoding import Encoded
 from u2a.modeling import Params, Policy
 from u2a.reference.dense import dense_gradient, dense_hessian, flatten, matrix_of, unflatten
@@ -182,10 +182,10 @@ def permuted(inner: InnerTerms, order: Sequence[int]) -> InnerTerms:
 def test_products_do_not_depend_on_batching_or_the_order_of_rows(name: str, term: str):
     policy = small_policy()
     v, inner = direction(policy, 6), terms(policy, "npo", term)
-    together = flatten(make_curvature(name).at(inner).product(v))
-    shuffled = flatten(make_curvature(name).at(permuted(inner, [2, 0, 1])).product(v))
+    together = flatten(make_curvature(name, UnlearnSection()).at(inner).product(v))
+    shuffled = flatten(make_curvature(name, UnlearnSection()).at(permuted(inner, [2, 0, 1])).product(v))
     policy.token_budget = 1
-    alone = flatten(make_curvature(name).at(inner).product(v))
+    alone = flatten(make_curvature(name, UnlearnSection()).at(inner).product(v))
     assert torch.allclose(alone, together, rtol=1e-6, atol=1e-7)
     assert torch.allclose(shuffled, together, rtol=1e-6, atol=1e-7)
 
@@ -336,15 +336,15 @@ def test_unit_of_damping_of_every_curvature_against_dense_eigenvalues():
         same = mean_eigenvalue(Dense(matrix), like, 0)
         assert mean_eigenvalue(curvature.at(inner), like, 0) == pytest.approx(same, rel=1e-4)
     for name in ("fisher", "adam"):
-        operator = make_curvature(name).at(inner)
+        operator = make_curvature(name, UnlearnSection()).at(inner)
         trace = float(matrix_of(operator.product, like).trace())
         assert mean_eigenvalue(operator, like, 0) == pytest.approx(trace / 80, rel=1e-9)
 
 
 def test_configured_curvatures():
-    found = [make_curvature(name) for name in ("hessian", "gauss_newton", "fisher", "adam")]
+    found = [make_curvature(name, UnlearnSection()) for name in ("hessian", "gauss_newton", "fisher", "adam")]
     assert found == [Hessian(), GaussNewton(), DiagonalFisher(), AdamMetric()]
-    names = ["hessian", "gauss_newton", "fisher(draws=1, seed=0)", "adam(batch_size=8, minibatches=8)"]
+    names = ["hessian", "gauss_newton", "fisher(draws=1, seed=0)", "adam(batch_size=8, minibatches=8, eps=1e-08)"]
     assert [curvature.name for curvature in found] == names
 
 
@@ -353,7 +353,7 @@ def test_curvatures_work_with_full_fine_tuning_and_leave_theta_alone(name: str):
     policy = tiny_policy(adapter=False)
     before = policy.snapshot()
     v = {n: torch.randn_like(value) for n, value in policy.trainable().items()}
-    image = make_curvature(name).at(terms(policy, "npo", "kl")).product(v)
+    image = make_curvature(name, UnlearnSection()).at(terms(policy, "npo", "kl")).product(v)
     assert norm(image) > 0
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in image.values())
     assert all(torch.equal(before[n], value) for n, value in policy.snapshot().items())

@@ -33,7 +33,7 @@ def test_defect_01_the_hessian_is_really_inverted():
     """The released code divides by gamma = 1 and never calls its conjugate gradients."""
     policy = small_policy()
     operator, gradient = hessian(policy, "npo", "nll"), direction(policy, 1)
-    adjoint = make_adjoint(SolveSection(adjoint="implicit", cg_steps=200, cg_tol=1e-8))
+    adjoint = make_adjoint(SolveSection(adjoint="implicit", cg_steps=200, cg_tol=1e-8), UnlearnSection())
     assert isinstance(adjoint, Implicit)
     found = adjoint.solve(gradient, operator, 3.0)
     rho = found.status.damping  # raised, since this Hessian is indefinite

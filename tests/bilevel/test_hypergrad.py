@@ -14,6 +14,7 @@ from tiny import examples, tiny_policy
 from u2a.bilevel.adjoint import InnerPoint
 from u2a.bilevel.attention import second_order_attention
 from u2a.bilevel.curvature import Hessian, HessianOperator
+from u2a.bilevel.fisher import AdamMetric
 from u2a.bilevel.hypergrad import Identity, Implicit, make_adjoint
 from u2a.bilevel.inner_terms import InnerTerms
 from u2a.bilevel.linsolve import CG
@@ -166,11 +167,36 @@ def test_automatic_damping_is_one_over_rate_times_steps_and_other_damping_is_in_
     assert mean_eigenvalue(Hessian().at(point.terms()), gradient, seed=0, probes=60) == pytest.approx(size, rel=0.3)
 
 
+def test_all_gradients_are_solved_under_the_highest_damping_that_one_of_them_needed():
+    policy = small_policy()
+    inner = UnlearnSection(loss="ga", retain_term="none", learning_rate=1.0, max_steps=1)
+    section = SolveSection(adjoint="implicit", scorer="jvp")
+    operator = Hessian().at(point_of(policy, section, inner).terms())
+    values, vectors = torch.linalg.eigh(matrix_of(operator.product, policy.trainable()))
+    like = policy.trainable()
+    up, down = (unflatten(vectors[:, k].contiguous(), like) for k in (-1, 0))
+    rate = 1.0 / (0.5 * float(-values[0]))  # the damping does not make up for the lowest curvature
+    point = point_of(policy, section, inner.model_copy(update={"learning_rate": rate}))
+    alone = Implicit(CG(60, 1e-9)).derivatives(point, [up], QUIET)
+    assert alone.solves[0].status == "converged"  # it does not meet the negative curvature
+    found = Implicit(CG(60, 1e-9)).derivatives(point, [up, plus(up, down, 0.5)], QUIET)
+    first, second = found.solves
+    assert first.status == second.status == "negative_curvature"
+    assert first.damping == second.damping > 1.5 * alone.solves[0].damping
+    ratio = (float(values[-1]) + alone.solves[0].damping) / (float(values[-1]) + first.damping)
+    torch.testing.assert_close(found.values[:, 0], ratio * alone.values[:, 0], rtol=1e-3, atol=1e-6)
+
+
 def test_configured_adjoint():
-    assert make_adjoint(SolveSection(adjoint="implicit", damping=0.3, cg_steps=7, cg_tol=1e-4)) == Implicit(
-        CG(7, 1e-4), Hessian(), 0.3
+    section = SolveSection(adjoint="implicit", damping=0.3, cg_steps=7, cg_tol=1e-4)
+    assert make_adjoint(section, UnlearnSection()) == Implicit(CG(7, 1e-4), Hessian(), 0.3)
+    run = UnlearnSection(
+        adam_epsilon=1e-3, batch_size=4, gradient_accumulation_steps=3, retain_term="nll", retain_batch_size=2
     )
-    assert make_adjoint(SolveSection(adjoint="identity")) == Identity()
+    found = make_adjoint(section.model_copy(update={"curvature": "adam"}), run)
+    assert isinstance(found, Implicit)
+    assert found.curvature == AdamMetric(batch_size=12, retain_batch_size=6, eps=1e-3)  # the run's own steps
+    assert make_adjoint(SolveSection(adjoint="identity"), UnlearnSection()) == Identity()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

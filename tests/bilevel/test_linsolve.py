@@ -281,6 +281,11 @@ def test_neumann_refuses_to_diverge():
         Neumann(step=1.0, max_steps=100).solve(operator(symmetric(12, POSITIVE)), draw(12), 0.0)
 
 
+def test_neumann_refuses_to_grow_even_where_few_terms_keep_it_small():
+    with pytest.raises(NotConverged, match="residual grew"):
+        Neumann(step=0.1, max_steps=4).solve(operator(-torch.eye(SIZE).double()), draw(17), 0.0)
+
+
 def test_solvers_leave_the_right_side_alone():
     matrix, right = symmetric(13, POSITIVE), draw(13)
     before = flatten(right)

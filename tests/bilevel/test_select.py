@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from u2a.bilevel.select import (
     LowerBound,
     Mean,
     Shrunken,
+    alike,
     decide,
     fold_statistics,
     halves,
@@ -82,8 +84,19 @@ def test_halves_lists_every_split_into_nearly_equal_halves_once(folds: int):
     assert splits == every
 
 
-def test_halves_are_capped():
-    assert len(halves(20, most=64)) == 64
+@pytest.mark.parametrize("folds", [9, 16, 40])
+def test_of_many_halves_a_seeded_draw_is_taken_that_spreads_over_all_folds(folds: int):
+    found = halves(folds, most=64)
+    assert len(set(found)) == len(found) == 64 and found == halves(folds, most=64)
+    assert {len(half) for half in found} == {(folds + 1) // 2}
+    assert folds % 2 or all(half[0] == 0 for half in found)
+    counts = [sum(fold in half for half in found) for fold in range(1, folds)]
+    assert min(counts) > 15 and max(counts) < 50  # about half of the splits each, not the first ones in a list
+
+
+def test_alike_means_equal_but_for_rounding():
+    assert alike(torch.tensor([1.0, 1.0 + 1e-7, 1.0])) and alike(torch.tensor([-3.0])) and alike(torch.zeros(4))
+    assert not alike(torch.tensor([1.0, 1.0 + 1e-4])) and not alike(torch.tensor([1e-9, -1e-9]))
 
 
 def test_fold_statistics_equal_the_formulas_written_out():
@@ -239,8 +252,10 @@ def test_shrinkage_lowers_the_error_of_noisy_gains():
 
 
 def test_lower_bound_subtracts_standard_errors_and_mean_does_not():
-    found = statistics([3.0, 1.0], 0.5, 1.0)
+    found = replace(statistics([3.0, 1.0], 0.5, 1.0), mean_gain_se=0.0)
     assert LowerBound(2.0).estimate(found).tolist() == [2.0, 0.0]
+    shaky = replace(found, mean_gain_se=1.2)  # the mean gain may be off as well: 1.3^2 = 0.5^2 + 1.2^2
+    assert LowerBound(2.0).estimate(shaky).tolist() == pytest.approx([0.4, -1.6])
     assert LowerBound(2.0).estimate(statistics([3.0, 1.0], None, None)).tolist() == [3.0, 1.0]
     assert Mean().estimate(found).tolist() == [3.0, 1.0]
     assert make_estimator(SolveSection(estimator="lower_bound", confidence=2.0)) == LowerBound(2.0)

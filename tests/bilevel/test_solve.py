@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from tiny import tiny_policy
 from u2a.bilevel.gains import Gains, Reached, compute_gains, split_preference
 from u2a.bilevel.objective import CustomObjective, objective_values
 from u2a.bilevel.outcome import random_weights
-from u2a.bilevel.solve import n_to_select, score, solve
+from u2a.bilevel.select import Shrunken, fold_statistics
+from u2a.bilevel.solve import _refined, n_to_select, score, solve
 from u2a.bilevel.weight import frank_wolfe_gap, refine, with_block
 from u2a.config import SolveSection
 from u2a.errors import ConfigError, DataError, NonFiniteError
@@ -98,6 +99,33 @@ def test_a_lone_round_that_nothing_judges_has_no_inner_run(monkeypatch: pytest.M
     assert found.weights == judged.weights and found.scores == judged.scores and len(judged.rounds) == 1
     run(replace(outer(**options), probe=lambda policy: 0.0))
     assert ran == ["inner"]
+
+
+def gains_of(folds: Tensor) -> Gains:
+    """Gains as a scoring with the default estimator finds them, without its record."""
+    found = fold_statistics(folds, [1] * folds.shape[1])
+    return Gains(cast(ScoreTable, None), found, Shrunken().estimate(found), found.gain)
+
+
+def test_what_shrinking_leaves_of_noise_moves_weights_by_as_little():
+    section = SolveSection(sparsity=0.0, drop_below=0.0, mirror_rate=0.1, mirror_steps=5)
+    generator = torch.Generator().manual_seed(3)
+    noise, signal = torch.randn(40, 8, generator=generator).double(), torch.randn(40, 1, generator=generator).double()
+    spreads = {}
+    for name, folds in (("noise", noise + 0.1 * signal), ("signal", 0.1 * noise + signal)):
+        gains, equal = gains_of(folds), torch.full((40,), 1 / 40, dtype=torch.float64)
+        logs = _refined(equal, gains, section).log()
+        expected = 0.1 * 5 * gains.estimates / gains.plain.std(correction=0)  # rates are in sd of the plain gains
+        torch.testing.assert_close(logs - logs.mean(), expected - expected.mean())
+        spreads[name] = float(logs.std(correction=0))
+    assert spreads["signal"] == pytest.approx(0.5, rel=0.02) and spreads["noise"] < 0.2
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-7])
+def test_gains_that_differ_by_rounding_alone_get_equal_weights(apart: float):
+    gains = gains_of(torch.tensor([[1.0], [1.0], [1.0], [1.0 + apart]], dtype=torch.float64))
+    weights = _refined(torch.full((4,), 0.25, dtype=torch.float64), gains, SolveSection(mirror_rate=1.0))
+    assert gains.alike and weights.tolist() == pytest.approx([0.25] * 4, abs=1e-5)
 
 
 def test_one_candidate_gets_all_the_weight_or_none():

@@ -20,6 +20,7 @@ from u2a.bilevel.inner_terms import InnerTerms, Part, add_gradients
 from u2a.bilevel.operators import Operator
 from u2a.bilevel.proximal import proximal_product
 from u2a.bilevel.vectors import plus, zeros_like
+from u2a.config import UnlearnSection
 from u2a.modeling import Params
 
 
@@ -161,11 +162,12 @@ def _inner(gradients: Sequence[Tensor | None], vector: Params) -> Tensor:
     ).sum()
 
 
-def make_curvature(name: str) -> Curvature:
+def make_curvature(name: str, unlearn: UnlearnSection) -> Curvature:
     """Turn a configured name into a curvature value.
 
     Args:
         name: ``hessian``, ``gauss_newton``, ``fisher`` or ``adam``.
+        unlearn: options of the inner run: Adam's epsilon, and what a step's gradient is taken over.
 
     Returns:
         The curvature.
@@ -174,6 +176,10 @@ def make_curvature(name: str) -> Curvature:
         "hessian": Hessian(),
         "gauss_newton": GaussNewton(),
         "fisher": DiagonalFisher(),
-        "adam": AdamMetric(),
+        "adam": AdamMetric(
+            batch_size=unlearn.batch_size * unlearn.gradient_accumulation_steps,
+            retain_batch_size=unlearn.retain_batch_size * unlearn.gradient_accumulation_steps,
+            eps=unlearn.adam_epsilon,
+        ),
     }
     return curvatures[name]

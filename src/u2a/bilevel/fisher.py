@@ -120,7 +120,7 @@ class AdamMetric:
     @property
     def name(self) -> str:
         """Name with parameters."""
-        return f"adam(batch_size={self.batch_size}, minibatches={self.minibatches})"
+        return f"adam(batch_size={self.batch_size}, minibatches={self.minibatches}, eps={self.eps:g})"
 
     def at(self, terms: InnerTerms) -> Diagonal:
         """See :class:`~u2a.bilevel.curvature.Curvature`."""

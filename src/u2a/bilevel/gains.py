@@ -16,7 +16,7 @@ from u2a.bilevel.candidates import CandidateLosses, in_several_processes
 from u2a.bilevel.fold_gradients import fold_gradients
 from u2a.bilevel.hypergrad import make_adjoint
 from u2a.bilevel.objective import DPO, NLL, Margin, Objective, ObjectiveGradient
-from u2a.bilevel.select import FoldStatistics, fold_statistics, make_estimator, reliability
+from u2a.bilevel.select import FoldStatistics, alike, fold_statistics, make_estimator, reliability
 from u2a.bilevel.variance import pooled, without_common
 from u2a.bilevel.vectors import dot, scaled, zeros_like
 from u2a.config import SolveSection
@@ -162,17 +162,27 @@ class Gains:
         table: the record.
         statistics: gains with their uncertainty.
         estimates: (n,) what candidates are ranked by.
+        plain: (n,) the same without regard to the noise.
     """
 
     table: ScoreTable
     statistics: FoldStatistics
     estimates: Tensor
+    plain: Tensor
 
     @property
     def unit(self) -> float:
-        """The unit of rates and tolerances: the sd of the estimates (1 when they are all equal)."""
-        spread = float(self.estimates.std(correction=0))
-        return spread if spread > 0 else 1.0
+        """The unit of rates and tolerances: the sd of the plain gains (1 when they are equal but for rounding).
+
+        In the unit of what is left of them after shrinking, noise would move weights as far as a signal does.
+        """
+        spread = float(self.plain.std(correction=0))
+        return 1.0 if alike(self.plain) else spread
+
+    @property
+    def alike(self) -> bool:
+        """Whether no candidate can be told from another one."""
+        return alike(self.estimates)
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,7 @@ def compute_gains(
         ConfigError: a damage weight without retain rows.
     """
     section = outer.section
-    adjoint = make_adjoint(section) if adjoint is None else adjoint
+    adjoint = make_adjoint(section, inner.section) if adjoint is None else adjoint
     objective = outer.objective_value()
     kept = _parts(policy, inner, outer, folds, reached).of(adjoint.name)
     parts = fold_gradients(policy, objective, folds.folds, section.pair_clip, kept, console)
@@ -231,9 +241,9 @@ def compute_gains(
     clusters = outer.clusters_of(inner)  # pooling fits the folds: what tests and ranks their agreement is not pooled
     ranked = statistics if clusters is None else fold_statistics(pooled(gains, clusters), folds.sizes)
     estimates = estimator.estimate(ranked)
-    damage = columns.get("retain")
+    damage, plain = columns.get("retain"), ranked.gain
     if damage is not None:
-        estimates = estimates - section.damage_weight * damage
+        estimates, plain = estimates - section.damage_weight * damage, plain - section.damage_weight * damage
     _check(estimates[:, None], losses.ids, "estimate")
     gram = torch.tensor([[dot(a.gradient, b.gradient) for b in parts] for a in parts], dtype=torch.float64)
     values = torch.cat([part.values for part in parts])
@@ -250,7 +260,7 @@ def compute_gains(
         solve=found.solves,
         scorer_error=found.error,
     )
-    return Gains(table, statistics, estimates)
+    return Gains(table, statistics, estimates, plain)
 
 
 _LAYOUT = 2  # of parts on the disk: which columns a scorer keeps, and the order of batches

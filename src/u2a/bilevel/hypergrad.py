@@ -27,6 +27,8 @@ from u2a.progress import Console
 from u2a.record import derive_seed
 from u2a.solution import SolveStatus
 
+_MOST_REPEATS = 8  # rounds in which all are solved under the highest damping; each raise is by a factor
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -69,7 +71,8 @@ class Implicit:
         curvature: what stands for H.
         damping: rho in units of the mean eigenvalue of the curvature, >= 0; or ``auto``: 1 / (learning rate x steps),
             absolute, since gradient descent stopped after T steps of rate eta behaves like a proximal term of that
-            strength (0 for the metric of Adam, which that factor would only scale).
+            strength (0 for the metric of Adam, which that factor would only scale). Where negative curvature raises it
+            for one gradient, all are solved under the highest value.
     """
 
     linsolve: LinearSolver = CG()
@@ -117,12 +120,26 @@ class Implicit:
             damping, unit = self._damping(operator, gradients[0], point)
             solved = []
             for number, gradient in enumerate(gradients):
-                solve = partial(self.solve, gradient, operator, damping)
-                found = _kept(point, f"solve {number}", solve)
-                status = found.status.model_copy(update={"mean_eigenvalue": unit})
-                solved.append(LinearSolution(found.value, status))
+                solved.append(_kept(point, f"solve {number}", partial(self.solve, gradient, operator, damping)))
                 advance.advance(1)
-        return _along(solved, point, console)
+            for again in range(_MOST_REPEATS):  # else folds would not be replicates of one quantity
+                highest = max(each.status.damping for each in solved)
+                behind = [number for number, each in enumerate(solved) if each.status.damping < highest]
+                for number in behind:
+                    solve = partial(self.solve, gradients[number], operator, highest)
+                    solved[number] = _repeated(solved[number], _kept(point, f"solve {number}, {again}", solve))
+                if not behind:
+                    break
+        found = [
+            LinearSolution(each.value, each.status.model_copy(update={"mean_eigenvalue": unit})) for each in solved
+        ]
+        return _along(found, point, console)
+
+
+def _repeated(before: LinearSolution, now: LinearSolution) -> LinearSolution:
+    """A solve done again since another right-hand side met negative curvature; its status says so, steps add up."""
+    steps = before.status.steps + now.status.steps
+    return LinearSolution(now.value, now.status.model_copy(update={"status": "negative_curvature", "steps": steps}))
 
 
 def _kept(point: InnerPoint, name: str, solve: Callable[[], LinearSolution]) -> LinearSolution:
@@ -144,18 +161,19 @@ def _along(solved: Sequence[LinearSolution], point: InnerPoint, console: Console
     return Derivatives(found.slopes.derivatives, found.slopes.losses, statuses, found.scorer, found.error)
 
 
-def make_adjoint(section: SolveSection) -> Adjoint:
+def make_adjoint(section: SolveSection, unlearn: UnlearnSection) -> Adjoint:
     """Turn the configured name into the adjoint that screens all candidates.
 
     Args:
         section: options of the outer problem.
+        unlearn: options of the inner run, whose metric the curvature ``adam`` is.
 
     Returns:
         The adjoint.
     """
     if section.adjoint == "identity":
         return Identity()
-    return Implicit(CG(section.cg_steps, section.cg_tol), make_curvature(section.curvature), section.damping)
+    return Implicit(CG(section.cg_steps, section.cg_tol), make_curvature(section.curvature, unlearn), section.damping)
 
 
 def make_refining_adjoint(section: SolveSection, unlearn: UnlearnSection) -> Adjoint:
@@ -168,4 +186,4 @@ def make_refining_adjoint(section: SolveSection, unlearn: UnlearnSection) -> Adj
     Returns:
         The adjoint.
     """
-    return Unrolled() if section.refines_unrolled(unlearn) else make_adjoint(section)
+    return Unrolled() if section.refines_unrolled(unlearn) else make_adjoint(section, unlearn)

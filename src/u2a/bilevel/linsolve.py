@@ -224,10 +224,11 @@ class Neumann:
             )
         step = neumann_step(matvec, right, damping) if self.step is None else self.step
         spent = _POWER_PRODUCTS if self.step is None else 0
-        value = scaled(right, step)
+        value, first = scaled(right, step), math.inf
         for terms in range(1, self.max_steps + 1):
             rest = plus(right, plus(matvec(value), value, damping), -1.0)
             relative = norm(rest) / size
+            first = min(first, relative) if terms == 1 else first
             if not relative < 1e3:
                 raise NotConverged(
                     f"neumann: residual {relative:.1e} after {terms} terms (shorten the step {step:g}, or raise "
@@ -238,6 +239,11 @@ class Neumann:
                 return LinearSolution(value, status)
             value = plus(value, rest, step)
         residual = _residual(matvec, right, damping, value)
+        if residual > first:
+            raise NotConverged(
+                f"neumann: the residual grew from {first:.1e} to {residual:.1e} (shorten the step {step:g}, or raise "
+                "solve.damping if the curvature is negative)"
+            )
         steps = spent + self.max_steps + 1
         return LinearSolution(value, SolveStatus(status="max_steps", steps=steps, residual=residual, damping=damping))
 

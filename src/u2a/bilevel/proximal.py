@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from u2a.bilevel.vectors import scaled
-from u2a.modeling import Params, Policy
+from u2a.modeling import Params, Policy, lora_factors
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,13 @@ class _Module:
 
 
 def _modules(policy: Policy) -> list[_Module]:
-    trainable = policy.trainable()
+    names = {id(value): name for name, value in policy.trainable().items()}
     found = []
-    for path, module in policy.model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        for adapter in module.lora_A:
-            down, up = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
-            scaling = float(module.scaling[adapter])
-            found.append(_Module(down, up, _wide(trainable[down]), _wide(trainable[up]), scaling))
+    for module in policy.model.modules():
+        if isinstance(module, LoraLayer):
+            for adapter, (down, up) in lora_factors(module).items():
+                scaling = float(module.scaling[adapter])
+                found.append(_Module(names[id(down)], names[id(up)], _wide(down), _wide(up), scaling))
     return found
 
 

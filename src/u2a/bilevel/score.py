@@ -143,11 +143,12 @@ def rounds_to_16_bits(policy: Policy) -> bool:
         policy: the policy.
 
     Returns:
-        True when a weight is float16 or bfloat16, or autocast is on; False for a quantised base.
+        True when a weight is float16 or bfloat16, or autocast is on, also within the model's forward, where accelerate
+        puts it; False for a quantised base.
     """
     if _is_quantised(policy):
         return False
-    if torch.is_autocast_enabled(policy.device.type):
+    if torch.is_autocast_enabled(policy.device.type) or hasattr(policy.model, "_original_forward"):
         return True
     return any(value.dtype in (torch.float16, torch.bfloat16) for value in _base(policy).parameters())
 

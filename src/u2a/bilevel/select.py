@@ -7,9 +7,10 @@ unlearning help at all?" (the mean gain) and "which?" (the centred gains) are tw
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations
 from typing import Literal, Protocol
 
 import torch
@@ -193,7 +194,7 @@ def halves(folds: int, most: int = 64) -> list[tuple[int, ...]]:
 
     Args:
         folds: number of folds.
-        most: at most this many, in lexicographic order.
+        most: at most this many; where there are more, a seeded draw of them.
 
     Returns:
         The first half of each split: the one with fold 0, or the larger one; empty for one fold.
@@ -203,10 +204,14 @@ def halves(folds: int, most: int = 64) -> list[tuple[int, ...]]:
     """
     if folds < 2:
         return []
-    size = (folds + 1) // 2
-    if folds % 2:  # halves of different size: each choice of the larger one is another split
-        return list(islice(combinations(range(folds), size), most))
-    return [(0, *rest) for rest in islice(combinations(range(1, folds), size - 1), most)]
+    size, fixed = (folds + 1) // 2, () if folds % 2 else (0,)  # of an odd number each choice of the larger half counts
+    free = range(len(fixed), folds)
+    if math.comb(len(free), size - len(fixed)) <= most:
+        return [(*fixed, *rest) for rest in combinations(free, size - len(fixed))]
+    generator, drawn = random.Random(0), dict[tuple[int, ...], None]()
+    while len(drawn) < most:
+        drawn[(*fixed, *sorted(generator.sample(free, size - len(fixed))))] = None
+    return list(drawn)
 
 
 class Estimator(Protocol):
@@ -242,7 +247,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class LowerBound:
-    """Gain minus z standard errors.
+    """Gain minus z standard errors, those of its centred part and of the mean gain taken as independent.
 
     Attributes:
         z: standard errors, > 0.
@@ -257,7 +262,9 @@ class LowerBound:
 
     def estimate(self, statistics: FoldStatistics) -> Tensor:
         """Lower confidence bound; with one fold the gain itself."""
-        return statistics.gain if statistics.se is None else statistics.gain - self.z * statistics.se
+        if statistics.se is None:
+            return statistics.gain
+        return statistics.gain - self.z * (statistics.se.square() + (statistics.mean_gain_se or 0.0) ** 2).sqrt()
 
 
 @dataclass(frozen=True)
@@ -315,6 +322,18 @@ def decide(statistics: FoldStatistics, estimates: Tensor, fallback: str) -> Lite
         return "none" if bool((estimates > 0).any()) else "empty"
     clearly_harmful = statistics.mean_gain + 2.0 * (statistics.mean_gain_se or 0.0) < 0.0
     return "empty" if clearly_harmful else "random_k"
+
+
+def alike(values: Tensor) -> bool:
+    """Whether all values differ by no more than rounding; see :func:`ranking`.
+
+    Args:
+        values: (n,) values, at least one.
+
+    Returns:
+        True for a single one.
+    """
+    return float(values.max() - values.min()) <= TIE * float(values.abs().max())
 
 
 def ranking(values: Tensor, ids: Sequence[str]) -> list[int]:

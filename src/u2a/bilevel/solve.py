@@ -252,7 +252,7 @@ def _certified(gains: Gains, gap: float | None, outer: OuterProblem) -> str:
     """Why the Frank-Wolfe gap says that the search is over, or an empty text."""
     if gap is None:
         return ""
-    if len(gains.estimates) > 1 and bool((gains.estimates == gains.estimates[0]).all()):
+    if len(gains.estimates) > 1 and gains.alike:
         return "all candidates look alike (Frank-Wolfe gap 0)"
     return "Frank-Wolfe gap below tolerance" if gap <= outer.section.gap_tol * gains.unit else ""
 

@@ -303,7 +303,8 @@ class Probe:
         chosen = replace(inner, forget=inner.forget[: config.solve.curvature_samples])
         losses = candidate_losses(self.policy, chosen)
         point = InnerPoint(self.policy, chosen, chosen.uniform(), losses, config.solve)
-        curvature, vector = make_curvature(config.solve.curvature), random_unit(self.policy.trainable(), 0)
+        curvature = make_curvature(config.solve.curvature, config.unlearn)
+        vector = random_unit(self.policy.trainable(), 0)
 
         def run() -> None:
             curvature.at(point.terms()).product(vector)
