@@ -201,10 +201,15 @@ def test_numbers_beside_each_other_share_decimals() -> None:
         ({"split_half": -0.2, "full_set": None}, "do not trust"),
         ({"split_half": 0.6, "full_set": 0.75}, "mostly"),
         ({"split_half": 0.15, "full_set": 0.26}, "weakly"),
+        (
+            {"n_folds": 3, "p_signal": 0.25},
+            "With 3 folds chance alone passes the test for signal in about 25% of cases.",
+        ),
     ],
 )
 def test_reliability_in_words(changes: dict[str, float | None], words: str) -> None:
     assert words in reliability_sentence(fake_reliability(**changes))
+    assert "folds" not in reliability_sentence(fake_reliability(n_folds=6, p_signal=0.1))
 
 
 def test_no_heavy_import() -> None:

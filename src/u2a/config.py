@@ -174,7 +174,8 @@ class SolveSection(Section):
         "hessian", "what stands for H (adam: the metric of the optimiser)"
     )
     damping: Literal["auto"] | NonNegative = option(
-        "auto", "damping in units of the curvature's mean eigenvalue (auto: 1 / (learning rate x steps), absolute)"
+        "auto",
+        "damping in units of the curvature's mean eigenvalue (auto: 1 / (learning rate x steps), absolute; for SGD)",
     )
     cg_steps: Count = option(10, "most matrix-vector products of a linear solve")
     cg_tol: Positive = option(1e-2, "relative residual at which a linear solve stops")

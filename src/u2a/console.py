@@ -16,6 +16,7 @@ from u2a.solution import Reliability, Round, Solution
 from u2a.types import Contrast, EvalTable, Metric
 
 WIDTH = 100
+FOLDS_FOR_A_TEST = 6  # fewer cannot give a p-value below 5 %
 
 Tone = Literal["good", "bad", "unclear", "none"]
 
@@ -164,6 +165,15 @@ def _mean_sentence(found: Reliability) -> str:
 
 
 def _ranking_sentence(found: Reliability) -> str:
+    """Which ones? With a warning where there are so few folds that the test for signal cannot be strict."""
+    weak = ""
+    if found.p_signal is not None and found.n_folds < FOLDS_FOR_A_TEST:
+        chance = 0.5 ** (found.n_folds - 1)
+        weak = f" With {found.n_folds} folds chance alone passes the test for signal in about {chance:.0%} of cases."
+    return _ranking_words(found) + weak
+
+
+def _ranking_words(found: Reliability) -> str:
     if found.signal_sd <= 0:
         return "No difference between candidates stands out of the noise: which ones are chosen is arbitrary."
     if found.split_half is None:

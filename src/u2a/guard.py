@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from u2a.config import GuardSection
@@ -66,7 +67,7 @@ class CollapseGuard(TrainerCallback):
         Returns:
             True when the budget holds.
         """
-        ppl = self.policy.perplexity(self.rows)
+        ppl = self._perplexity()
         self.measured[step] = ppl if math.isfinite(ppl) else math.inf
         if ppl <= self.ppl_budget:
             self._kept = (step, self.policy.snapshot())
@@ -131,7 +132,7 @@ class CollapseGuard(TrainerCallback):
             return GuardResult(self.breached, self.ppl_start, self.measured[steps], self.ppl_budget, steps, 1.0)
         scale = largest_scale(self._breaks_at, self.section.line_search)
         kept, scale = self._keep_larger(steps, scale)
-        return GuardResult(True, self.ppl_start, self.policy.perplexity(self.rows), self.ppl_budget, kept, scale)
+        return GuardResult(True, self.ppl_start, self._perplexity(), self.ppl_budget, kept, scale)
 
     def _keep_larger(self, steps: int, scale: float) -> tuple[int, float]:
         """Leave the policy in the final state scaled by ``scale`` or in the kept one: (steps, scale) of that state."""
@@ -148,7 +149,16 @@ class CollapseGuard(TrainerCallback):
     def _breaks_at(self, scale: float) -> bool:
         """Whether the scaled change exceeds the budget (a non-finite perplexity does)."""
         with self.policy.change_scaled(scale):
-            return not self.policy.perplexity(self.rows) <= self.ppl_budget
+            return not self._perplexity() <= self.ppl_budget
+
+    def _perplexity(self) -> float:
+        """That of the first process, in all of them: last digits differ, and one that stops alone hangs the rest."""
+        found = self.policy.perplexity(self.rows)
+        if not (dist.is_available() and dist.is_initialized()):
+            return found
+        value = torch.tensor([found], dtype=torch.float64, device=self.policy.device)
+        dist.broadcast(value, src=0)
+        return float(value)
 
 
 def largest_scale(breaks_at: Callable[[float], bool], search: bool = True, evaluations: int = 6) -> float:
