@@ -77,6 +77,15 @@ def test_a_claim_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_killed_while_it_takes_over_blocks_nobody(tmp_path: Path) -> None:
+    path = left_behind(tmp_path / "a", socket.gethostname(), dead_pid())
+    guard = left_behind(tmp_path / "a.takeover", socket.gethostname(), dead_pid())
+    with claimed(path) as mine:
+        assert not mine and not guard.exists()
+    with claimed(path) as mine:
+        assert mine
+
+
 def test_a_claim_of_another_machine_holds_for_half_a_day(tmp_path: Path) -> None:
     path = left_behind(tmp_path / "a", "elsewhere", dead_pid())
     with claimed(path) as mine:

@@ -84,6 +84,8 @@ def _taken_over(path: Path) -> bool:
     """Remove a stale claim and make a new one; of several processes that try, one at most succeeds."""
     with_guard = path.with_name(f"{path.name}.takeover")
     if not _made(with_guard):
+        if _is_stale(with_guard):  # of a process that was killed right here; the next attempt finds the way free
+            with_guard.unlink(missing_ok=True)
         return False
     try:
         if not _is_stale(path):  # another process was faster, and holds it now
