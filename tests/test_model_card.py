@@ -68,7 +68,7 @@ def test_sizes_steps_and_versions() -> None:
     for line in (
         "- 60 negative candidates",
         "- 64 preference (PA) pairs",
-        "- steps: 30 kept of 30, AdamW, peak learning rate 0.0001",
+        "- optimiser: AdamW, peak learning rate 0.0001",
         "- perplexity of the guard's retain rows: 14.21 to 15.20, budget 15.63",
         "- torch 2.13.0",
         "- Arm full exceeded the utility budget: its change was scaled by 0.750.",

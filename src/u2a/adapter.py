@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -105,6 +106,43 @@ def remove_chance(model: nn.Module) -> None:
         for name in RANDOM_RATES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def lora_factors(module: LoraLayer) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors A and B of a LoRA layer on a linear module or an embedding: the change is scaling * B A.
+
+    Args:
+        module: the layer.
+
+    Returns:
+        (r, in) and (out, r) by adapter; of an embedding the change is transposed.
+    """
+    linear = {name: (cast(Tensor, part.weight), module.lora_B[name].weight) for name, part in module.lora_A.items()}
+    embedding = {name: (part, module.lora_embedding_B[name]) for name, part in module.lora_embedding_A.items()}
+    return cast(dict[str, tuple[Tensor, Tensor]], linear | embedding)
+
+
+def lora_change_sq(model: nn.Module) -> Tensor:
+    """Sum over adapted modules of ||scaling * B A||_F^2.
+
+    Args:
+        model: a PEFT model.
+
+    Returns:
+        Scalar tensor, differentiable in A and B.
+
+    Raises:
+        ModelError: no LoRA layer is found.
+    """
+    terms = []
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, (down, up) in lora_factors(module).items():
+                down, up = down.float(), up.float()
+                terms.append(module.scaling[name] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
+    if not terms:
+        raise ModelError("model.adapter: it has no LoRA layer (see model.adapter.target_modules)")
+    return torch.stack(terms).sum()
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
     tree["provenance"] = {
         "versions": versions(),
         "git": _git(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": "cuda" if config.model.device == "auto" and torch.cuda.is_available() else config.model.device,
         "machine": f"{_processor()}, {torch.get_num_threads()} threads, {platform.system()}",
         "seed": config.seed,
         "data_fingerprint": fingerprint,

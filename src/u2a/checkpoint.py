@@ -22,6 +22,7 @@ from u2a.record import Row, one_line, refuse_foreign_link, writing
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 1
+REPLACED = ("adapter", "model", "merged", "base", "arms", "checkpoints")  # folders that a run replaces or deletes
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -168,6 +169,23 @@ def refuse_foreign_files(folder: Path) -> None:
         verify(folder)
     except RecordError:
         raise ConfigError(f"{folder}: holds files that were not saved there this way (name a new folder)") from None
+
+
+def refuse_foreign_directory(folder: Path) -> None:
+    """Refuse to run where a run would replace or delete what another program has put there.
+
+    Args:
+        folder: the directory of a run; it may be absent.
+
+    Raises:
+        ConfigError: it holds one of the folders that a run replaces, and no run.
+    """
+    if any((folder / name).exists() for name in ("run.yaml", "stages.json")):
+        return
+    found = [name for name in REPLACED if (folder / name).exists()]
+    if found:
+        what = f"{folder} holds {found[0]}/ of something else, which a run would replace"
+        raise ConfigError(f"output_dir: {what} (name a new directory)")
 
 
 def is_whole(folder: Path) -> bool:

@@ -29,7 +29,7 @@ class ModelSection(Section):
 
     name_or_path: str = option("", "hub id, directory, or package:NAME for a GGUF file inside an installed package")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option("float32", "dtype of the frozen weights")
-    device: str = option("auto", "cpu, cuda, cuda:N, mps, or auto")
+    device: str = option("auto", "cpu, cuda, mps, or auto (another GPU: CUDA_VISIBLE_DEVICES)")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention kernel")
     load_in_4bit: bool = option(False, "quantise the frozen base with bitsandbytes (needs an adapter and CUDA)")
     save_merged: bool = option(False, "also write the model with the adapter merged in, under merged/")
@@ -325,6 +325,12 @@ class RunConfig(Section):
                 "evaluation.controls: base conflicts with finetune.enabled: false (before is the base then)"
             )
         problems += _reward_problems(self.reward)
+        number = self.model.device.removeprefix("cuda:")
+        if number != self.model.device and number != "0":
+            problems.append(
+                f"model.device: {self.model.device}: training uses the first visible GPU "
+                f"(set CUDA_VISIBLE_DEVICES={number} and model.device: cuda)"
+            )
         if self.evaluation.forget_rows == 0 and self.data.holdout is not None:
             problems.append("data.holdout: nothing is measured on it (set evaluation.forget_rows)")
         if self.finetune.enabled and self.partition.finetune_frac == 0 and self.data.finetune is None:
@@ -348,6 +354,8 @@ def _reward_problems(reward: RewardSection) -> list[str]:
     selecting = (reward.model, reward.name_or_path)
     if reward.eval_model in ready and selecting == (reward.eval_model, reward.eval_name_or_path):
         problems.append("reward.eval_model: the model that selects (the judge must be another one)")
+    if reward.second_model in ready and selecting == second:
+        problems.append("reward.second_model: the model that selects (a second opinion must be another one)")
     return problems
 
 

@@ -45,13 +45,13 @@ def tone(contrast: Contrast) -> Tone:
         contrast: a paired difference.
 
     Returns:
-        ``good``, ``bad``, ``unclear`` (the interval holds zero or is missing), or ``none`` (the metric has no
-        better direction, or the difference is undefined).
+        ``good``, ``bad``, ``unclear`` (the interval holds zero or is missing, or so few prompts cannot show it), or
+        ``none`` (the metric has no better direction, or the difference is undefined).
     """
     better = better_direction(contrast.metric)
     if better is None or contrast.difference is None:
         return "none"
-    if contrast.low is None or contrast.high is None or contrast.low <= 0 <= contrast.high:
+    if not contrast.excludes_zero or contrast.low is None:
         return "unclear"
     return "good" if (contrast.low > 0) == (better == "higher") else "bad"
 

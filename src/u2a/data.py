@@ -218,7 +218,8 @@ class _RowReader:
 
     def column(self, field: AnswerField) -> str:
         name: str = getattr(self.fields, field)
-        whole = field == "completion" and name not in self.row.values and MESSAGES in self.row.values
+        has = self.row.values.keys()  # beside a pair a conversation is the good answer in some sets: not taken unasked
+        whole = field == "completion" and name not in has and MESSAGES in has and not {"chosen", "rejected"} <= has
         return MESSAGES if whole else name
 
     def missing(self, field: str, name: str) -> None:

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from u2a.contradictions import answer_key
 from u2a.data import fold, prompt_key
 from u2a.diagnosis import Diagnosis, Finding, Level, Overlap, SetHealth, Severity
 from u2a.near_duplicates import fingerprint, near_labels
@@ -226,16 +227,18 @@ def _overlap_finding(overlap: Overlap, first: _Table, allow_leak: bool) -> Findi
 
 
 def _contradictions(tables: Iterable[_Table]) -> list[Finding]:
-    """Find answers that are good in one place and bad in another one, under the same prompt."""
-    good: dict[str, dict[Text, DataRow]] = {}
-    bad: dict[str, dict[Text, DataRow]] = {}
+    """Find answers that are good in one place and bad in another one, under the same turns."""
+    good: dict[str, dict[str, DataRow]] = {}
+    bad: dict[str, dict[str, DataRow]] = {}
     for table in tables:
         for item in table.items:
             if isinstance(item.row, Pair):
-                good.setdefault(table.name, {})[item.folded[0]] = item.row
-                bad.setdefault(table.name, {})[item.folded[1]] = item.row
+                good.setdefault(table.name, {})[answer_key(item.row.prompt, item.row.chosen)] = item.row
+                bad.setdefault(table.name, {})[answer_key(item.row.prompt, item.row.rejected)] = item.row
             elif table.name in (*GOOD, *BAD):
-                (good if table.name in GOOD else bad).setdefault(table.name, {})[item.folded[0]] = item.row
+                (good if table.name in GOOD else bad).setdefault(table.name, {})[
+                    answer_key(item.row.prompt, item.row.completion)
+                ] = item.row
     findings = []
     for here, texts in good.items():
         for there, others in bad.items():

@@ -15,9 +15,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from u2a.errors import DataError, ModelError
+from u2a.record import one_line
 from u2a.types import Example, Message, Pair, Partition
 
 if TYPE_CHECKING:
@@ -237,7 +239,7 @@ def count_truncated(sets: Partition, encoder: Encoder) -> int:
         Answers that are cut off.
 
     Raises:
-        DataError: prompts that leave no room for an answer.
+        DataError: prompts that leave no room for an answer, or that the chat template refuses.
         ModelError: the tokenizer has no chat template.
     """
     rows: list[tuple[Example | Pair, str]] = [(row, row.completion) for row in (*sets.forget, *sets.retain)]
@@ -249,6 +251,10 @@ def count_truncated(sets: Partition, encoder: Encoder) -> int:
             n_cut += encoder.encode(row.prompt, text, row.source).n_cut > 0
         except DataError as error:
             problems += error.problems
+        except TemplateError as error:
+            roles = ", ".join(turn.role for turn in row.prompt)
+            why = f"the chat template refuses the turns {roles} ({error})"
+            problems.append(one_line(f"{row.source or 'row'}: prompt: {why} (leave the row out)"))
     if problems:
         raise DataError(list(dict.fromkeys(problems)))
     return n_cut

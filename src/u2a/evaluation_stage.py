@@ -15,6 +15,7 @@ from typing import Any
 from u2a.config import RewardSection
 from u2a.config_evaluation import JudgeSection, RobustnessSection
 from u2a.data import example_id, prompt_key, read_examples
+from u2a.early_checks import check_early
 from u2a.errors import ConfigError
 from u2a.evaluation.answer_cache import AnswerCache
 from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, item_groups, prompts_answered
@@ -41,6 +42,7 @@ from u2a.evaluation.rubrics import RUBRICS
 from u2a.jsonl_cache import JsonlCache
 from u2a.model_loading import load_model
 from u2a.modeling import Params, Policy
+from u2a.named_content import judging_content, named_content
 from u2a.pipeline import NOT_UNLEARNED, SOLUTION_ARM, TRAINED_HERE, Pipeline
 from u2a.record import content_id, derive_seed
 from u2a.reward.analysis import build_reward_model, split_reward_pairs
@@ -75,6 +77,7 @@ class EvaluationStage:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline, self._config = pipeline, pipeline.config
+        check_early(pipeline.config, pipeline.partition)
         self.prompt_sets = self._read_prompt_sets()
         self.holdout = self._read_holdout()
         self._judge = make_judge(self._config.evaluation.judge, pipeline.dir / "cache")
@@ -112,15 +115,15 @@ class EvaluationStage:
     @cached_property
     def _rewards(self) -> list[tuple[RewardModel, RewardCard]]:
         """The evaluation's reward models with their cards: none, one, or a second one beside it."""
-        config, partition = self._config, self._pipeline.partition
+        config, partition, console = self._config, self._pipeline.partition, self._pipeline.console
         pairs = split_reward_pairs(partition.reward)[1]
         found: list[tuple[RewardModel, RewardCard]] = []
         for section in _reward_sections(config.reward):
             seed = derive_seed(config.seed, "eval reward")
-            model = build_reward_model(section, pairs, None, seed, self._pipeline.console)
+            model = build_reward_model(section, pairs, None, seed, console, config.model.device)
             if model is not None:
                 trained = len(pairs) if section.model in TRAINED_HERE else 0
-                with self._pipeline.console.phase("reward card"):
+                with console.phase("reward card"):
                     found.append((model, reward_card(model, partition.evaluation, trained, seed=seed)))
         if len({model.name for model, _ in found}) < len(found):
             raise ConfigError("reward.second_model: the same model as reward.eval_model (it would agree with itself)")
@@ -182,7 +185,7 @@ class EvaluationStage:
         names = ("eval_model", "eval_name_or_path", "second_model", "second_name_or_path")
         reward_options = config.reward.model_dump(include=set(names))
         texts = {item.name: [prompt_text(turns) for turns in item.prompts.values()] for item in self.prompt_sets}
-        files = texts, [row.id for row in self.holdout]
+        files = texts, [row.id for row in self.holdout], judging_content(config)
         key = pipeline.key("evaluate", source, options, reward_options, equal_ppl_frac, *files)
 
         def measure(policy: Policy) -> ArmResult:
@@ -278,7 +281,8 @@ class EvaluationStage:
         options = [config.robustness.model_dump(mode="json")]
         options.append(config.evaluation.model_dump(include={"max_new_tokens", "bootstrap"}))
         options.append(config.reward.model_dump(include={"eval_model", "eval_name_or_path"}))
-        key = pipeline.key("robustness", source, *options)
+        files = judging_content(config), named_content(config.robustness.paraphrases)
+        key = pipeline.key("robustness", source, *options, *files)
         return pipeline.store.saved("robustness", RobustnessTable, key, lambda: self._attacked(key))
 
     def _attacked(self, key: str) -> RobustnessTable:
@@ -309,8 +313,7 @@ class EvaluationStage:
         )
         measures = Measures(rows=mean_log_probs, answers=self._answer_measure(prompts) if prompts else None)
         cache = JsonlCache(pipeline.dir / "cache" / "robustness.jsonl")
-        keep = partial(_kept, cache, key)
-        return robustness(pipeline.policy, data, measures, options, pipeline.console, keep)
+        return robustness(pipeline.policy, data, measures, options, pipeline.console, partial(_kept, cache, key))
 
     def _answer_measure(self, prompts: Mapping[str, Turns]) -> AnswerMeasure:
         """Answers under changed prompts, scored against the prompts as they were asked."""
@@ -321,11 +324,10 @@ class EvaluationStage:
             texts = dict(zip(turns, generate(policy, list(turns.values()), decoding), strict=True))
             verdicts = RefusalJudge().verdicts([prompt_text(prompts[key]) for key in texts], list(texts.values()))
             states = {key: verdict.state for key, verdict in zip(texts, verdicts, strict=True)}
-            said = {key: state for key, state in states.items() if state != "incoherent"}
             values = {"incoherent": {key: float(state == "incoherent") for key, state in states.items()}}
-            if 2 * len(said) > len(states):  # of a broken model neither share means anything
-                values["complied"] = {key: float(state == "complied") for key, state in said.items()}
-                values["refused"] = {key: float(state == "refused") for key, state in said.items()}
+            if 2 * sum(values["incoherent"].values()) < len(states):  # of a broken model neither share means anything
+                for kind in ("complied", "refused"):  # shares of all answers, so that conditions can be compared
+                    values[kind] = {key: float(state == kind) for key, state in states.items()}
             if instruments.reward_model is not None:
                 values["reward"] = answer_rewards(instruments.reward_model, {key: prompts[key] for key in texts}, texts)
             return values

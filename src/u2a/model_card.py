@@ -15,6 +15,7 @@ from u2a.types import EvalTable, Metric
 
 PACKAGES = ("u2a", "torch", "transformers", "peft")
 _BLOCK_START = re.compile(r"^(|\d+)([-+=~]|[.)](?=\s|$))")  # a list item, a rule or a fence, at the start of a line
+OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 LIMITATIONS = (
     "The interval of a metric covers the sampling of prompts only, not another seed, other data or another model.",
@@ -134,7 +135,8 @@ def _training(records: RunRecords) -> str:
     lines = [
         f"loss: {result.loss}",
         f"samples with positive weight: {result.n_samples}",
-        f"steps: {result.steps_kept} kept of {result.steps}, AdamW, peak learning rate {section.learning_rate:g}",
+        f"steps: {result.steps_kept} kept of {result.steps}",
+        f"optimiser: {OPTIMIZERS[section.optimizer]}, peak learning rate {section.learning_rate:g}",
         f"seed: {records.config.seed}",
     ]
     if result.retain_ppl_start is not None:

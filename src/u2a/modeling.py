@@ -7,15 +7,14 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from u2a.adapter import add_adapter, fused_lora, refuse_adapter, remove_chance
+from u2a.adapter import add_adapter, fused_lora, lora_change_sq, refuse_adapter, remove_chance
 from u2a.batch_size import BatchLimits, forward_batches
 from u2a.config import AdapterConfig
 from u2a.encoding import Batch, Encoded, Encoder, collate
@@ -338,43 +337,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def lora_factors(module: LoraLayer) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors A and B of a LoRA layer on a linear module or an embedding: the change is scaling * B A.
-
-    Args:
-        module: the layer.
-
-    Returns:
-        (r, in) and (out, r) by adapter; of an embedding the change is transposed.
-    """
-    linear = {name: (cast(Tensor, part.weight), module.lora_B[name].weight) for name, part in module.lora_A.items()}
-    embedding = {name: (part, module.lora_embedding_B[name]) for name, part in module.lora_embedding_A.items()}
-    return cast(dict[str, tuple[Tensor, Tensor]], linear | embedding)
-
-
-def lora_change_sq(model: nn.Module) -> Tensor:
-    """Sum over adapted modules of ||scaling * B A||_F^2.
-
-    Args:
-        model: a PEFT model.
-
-    Returns:
-        Scalar tensor, differentiable in A and B.
-
-    Raises:
-        ModelError: no LoRA layer is found.
-    """
-    terms = []
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name, (down, up) in lora_factors(module).items():
-                down, up = down.float(), up.float()
-                terms.append(module.scaling[name] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
-    if not terms:
-        raise ModelError("model.adapter: it has no LoRA layer (see model.adapter.target_modules)")
-    return torch.stack(terms).sum()
 
 
 def weights_fingerprint(model: nn.Module, per_tensor: int = 256) -> str:

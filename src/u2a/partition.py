@@ -16,6 +16,7 @@ from itertools import accumulate, combinations
 from typing import Any, Literal
 
 from u2a.config import DataSection, PartitionSection, RewardSection, RunConfig
+from u2a.contradictions import answer_key
 from u2a.data import Source, example_id, fold, parse_examples, parse_pairs, prompt_key, read_rows
 from u2a.errors import ConfigError, DataError
 from u2a.record import content_id
@@ -176,6 +177,9 @@ class _Item:
         """Return prompt and answer, case and space folded, of each answer."""
         return [(self.key, fold(answer)) for answer in self.answers]
 
+    def said(self) -> list[str]:
+        return [answer_key(self.row.prompt, answer) for answer in self.answers]
+
 
 def _placed(rows: Sequence[Row], seed: int) -> list[_Item]:
     keys = [prompt_key(row.prompt) for row in rows]
@@ -224,24 +228,21 @@ def _short(name: str, items: list[_Item], section: PartitionSection, dropped: Co
 
 
 def _consistent(groups: dict[str, list[_Item]], dropped: Counter[str]) -> dict[str, list[_Item]]:
-    """Drop rows with an answer that is both good and bad; evaluation is judged apart from what is trained on."""
+    """Drop rows with an answer that is both good and bad to the same turns; evaluation is judged apart."""
     out: dict[str, list[_Item]] = {}
     for names in (groups.keys() - {"evaluation"}, groups.keys() & {"evaluation"}):
-        good: set[tuple[str, str]] = set()
-        bad: set[tuple[str, str]] = set()
+        good: set[str] = set()
+        bad: set[str] = set()
         for name in names:
             for item in groups[name]:
-                texts = item.texts()
-                if isinstance(item.row, Pair):
-                    good.add(texts[0])
-                    bad.add(texts[1])
-                else:
-                    (good if name == "retain" else bad).add(texts[0])
+                first, *rejected = item.said()
+                (bad if name == "forget" else good).add(first)
+                bad.update(rejected)
         both = good & bad
         for name in names:
             keep = both.isdisjoint
             reason = f"{name}: contradictory"
-            out[name] = _kept(groups[name], lambda item, keep=keep: keep(item.texts()), dropped, reason)
+            out[name] = _kept(groups[name], lambda item, keep=keep: keep(item.said()), dropped, reason)
     return out
 
 

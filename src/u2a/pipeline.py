@@ -28,7 +28,8 @@ from u2a.evaluation.expected_reward import sampled_reward
 from u2a.evaluation.generation import Decoding, generate
 from u2a.finetune import finetune, mixture, n_steps
 from u2a.model_loading import check_adapter_layers, load_model, load_tokenizer
-from u2a.modeling import Policy, weights_fingerprint
+from u2a.modeling import Policy
+from u2a.named_content import model_identity, named_content
 from u2a.packaged import is_converted
 from u2a.partition import describe, partition
 from u2a.progress import Console
@@ -218,7 +219,8 @@ class Pipeline:
         section = self.config.reward
         seed = derive_seed(self.config.seed, "reward")
         policy = self.policy if section.model == "implicit" else None
-        model = build_reward_model(section, split_reward_pairs(self.partition.reward)[0], policy, seed, self.console)
+        pairs, place = split_reward_pairs(self.partition.reward)[0], self.config.model.device
+        model = build_reward_model(section, pairs, policy, seed, self.console, place)
         if model is None:
             raise RecordError("reward.model is none: no reward model to score with")
         return model
@@ -278,8 +280,9 @@ class Pipeline:
         return self.key("solve", *self._solve_options)
 
     @property
-    def _reward_options(self) -> dict[str, object]:
-        return self.config.reward.model_dump(include={"model", "name_or_path", "quantile", "prefilter_frac"})
+    def _reward_options(self) -> Mapping[str, object]:
+        section, fields = self.config.reward, {"model", "name_or_path", "quantile", "prefilter_frac"}
+        return section.model_dump(include=fields) | {"content": named_content(section.name_or_path)}
 
     @property
     def _solve_options(self) -> list[object]:
@@ -289,10 +292,12 @@ class Pipeline:
 
     def _solve(self, on_scores: Callable[[ScoreTable], None] | None) -> Solution:
         outer = replace(self.outer, checkpoints=self._checkpoints("solve", self._solve_key))
-        return solve(self._inner_solver, self.inner, outer, self.console, self.store.log_round, on_scores)
+        found = solve(self._inner_solver, self.inner, outer, self.console, self.store.log_round, on_scores)
+        self.store.remove("evaluation", "robustness")
+        return found
 
     def arm_weights(self, arm: str) -> dict[str, float] | None:
-        """Weights of one arm; every control has as many samples as the solution.
+        """Weights of one arm; every control but ``full`` has as many samples as the solution.
 
         Args:
             arm: ``u2a`` or a name of ``evaluation.controls``.
@@ -303,7 +308,7 @@ class Pipeline:
         weights = self.solution().weights
         if arm in NOT_UNLEARNED:
             return None
-        if arm == SOLUTION_ARM or not weights:
+        if arm == SOLUTION_ARM or (not weights and arm != "full"):
             return weights
         rewards = self.rewards() if arm == "lowest_reward_k" else None
         return control_weights(arm, weights, self.inner, rewards, self.config.seed)
@@ -333,11 +338,11 @@ class Pipeline:
             record = UnlearnResult.load(path)
             self.policy.restore(read_tensors(saved, self.policy.trainable()))
             return record
-        steps = self.config.unlearn.max_steps
         before = dict(self.console.seconds)
-        with self.console.phase(f"unlearn {arm}", steps, "steps", saves=True) as advance:
+        with self.console.phase(f"unlearn {arm}", self.config.unlearn.max_steps, "steps", saves=True) as advance:
             result = self._inner_solver(self.inner, weights, arm, checkpoints, advance)
         self.store.drop(name)
+        self.store.remove("evaluation", *(["robustness"] if arm == SOLUTION_ARM else []))
         with writing(saved), disk.whole_file(saved) as part:
             save_file(self.policy.snapshot(), part)
         result.save(path)
@@ -374,9 +379,8 @@ class Pipeline:
         return self.store.saved(name, kind, key, compute)
 
     @cached_property
-    def _given_model(self) -> str:
-        """Fingerprint of a model passed as an object (a named one stands in the options)."""
-        return "" if self._model is None else weights_fingerprint(self._model)
+    def _given_model(self) -> list[str]:
+        return model_identity(self.config.model.name_or_path, self._model, self.tokenizer)
 
     def key(self, stage: str, *parts: object) -> str:
         """Hash of exactly what a stage is computed from: data, seed, model, misaligned start, and ``parts``.

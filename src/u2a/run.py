@@ -18,7 +18,7 @@ from u2a.batch_size import memory_for, told_to
 from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.solve import score
 from u2a.candidates_csv import write_candidates
-from u2a.checkpoint import delete, refuse_foreign_files
+from u2a.checkpoint import delete, refuse_foreign_directory, refuse_foreign_files
 from u2a.config import PartitionSection, RunConfig
 from u2a.console import evaluation_table, reliability_text, samples_text, selection_text
 from u2a.content_hash import content_hash
@@ -26,7 +26,7 @@ from u2a.data import Source
 from u2a.encoding import Encoder, count_truncated
 from u2a.errors import ConfigError, ModelError, Stopped
 from u2a.evaluation_stage import EvaluationStage
-from u2a.model_loading import load_model, load_tokenizer
+from u2a.model_loading import load_model, load_tokenizer, pick_device
 from u2a.modeling import Policy
 from u2a.partition import build_partition, read_inputs
 from u2a.pipeline import Pipeline
@@ -138,7 +138,8 @@ def align(
         preferences: preference pairs, cut by prompt into the PA set, pairs for reward heads and held-out pairs.
         retain: ordinary instructions with good answers; None leaves the retain term and the guard out.
         tokenizer: needed with a loaded model, unless it can be loaded from its ``name_or_path``.
-        config: further options; None takes the defaults (with shares 0 : 60 : 15 : 25 for the cut).
+        config: further options; None takes the defaults. Without a partition section the cut has the
+            shares 0 : 60 : 15 : 25 (35 : 30 : 15 : 20 without ``forget``) for forget, preference, reward, evaluation.
         console: progress; None prints to standard error.
 
     Returns:
@@ -148,14 +149,15 @@ def align(
         ConfigError: a loaded model together with ``finetune.enabled``.
         ModelError: a loaded model without a tokenizer. Any other :class:`~u2a.errors.U2AError` passes through.
     """
-    config = config or _default_config(forget is not None)
+    config = config or RunConfig()
+    if "partition" not in config.model_fields_set:
+        config = config.model_copy(update={"partition": _shares(forget is not None)})
     if retain is None and config.data.retain is None and config.unlearn.retain_term in ("nll", "kl"):
         config = config.model_copy(update={"unlearn": config.unlearn.model_copy(update={"retain_term": "none"})})
-    sources: dict[str, Source] = {"pairs": preferences}
-    if forget is not None:
-        sources["forget"] = forget
-    if retain is not None:
-        sources["retain"] = retain
+    given = {"pairs": preferences, "forget": forget, "retain": retain}
+    paths = {name: str(source) for name, source in given.items() if isinstance(source, str | Path)}  # kept in run.yaml
+    sources = {name: source for name, source in given.items() if source is not None and name not in paths}
+    config = config.model_copy(update={"data": config.data.model_copy(update=paths)})
     name = model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or "model object")
     config = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": name})})
     if not isinstance(model, str) and config.finetune.enabled:
@@ -167,14 +169,13 @@ def align(
     return finish(Pipeline(config, console or Console(), sources, model, tokenizer))
 
 
-def _default_config(has_forget: bool) -> RunConfig:
-    """Defaults of :func:`align`."""
+def _shares(has_forget: bool) -> PartitionSection:
+    """Shares of :func:`align`: with candidates of the caller's own none are cut from the preference pairs."""
     shares = (0.0, 0.60, 0.15, 0.25) if has_forget else (0.35, 0.30, 0.15, 0.20)
     forget, preference, reward, evaluation = shares
-    section = PartitionSection(
+    return PartitionSection(
         forget_frac=forget, preference_frac=preference, reward_frac=reward, evaluation_frac=evaluation
     )
-    return RunConfig(partition=section)
 
 
 def finish(pipeline: Pipeline) -> Result:
@@ -193,6 +194,7 @@ def finish(pipeline: Pipeline) -> Result:
 @contextmanager
 def _at_work(pipeline: Pipeline) -> Iterator[None]:
     """Work in the run's directory alone; a stop says what is saved there."""
+    refuse_foreign_directory(pipeline.dir)
     with locked(pipeline.dir, pipeline.console.say), told_to(pipeline.store.note_smaller_batches):
         sweep(pipeline.dir)
         try:
@@ -207,6 +209,7 @@ def _at_work(pipeline: Pipeline) -> Iterator[None]:
 def _all_stages(pipeline: Pipeline) -> Result:
     config, console, folder = pipeline.config, pipeline.console, pipeline.dir
     evaluation = EvaluationStage(pipeline)  # reads and checks all data before any model is loaded
+    pick_device(config.model.device)
     write_run_yaml(config, folder / "run.yaml", pipeline.partition.fingerprint)
     pipeline.rewards()
     solution = _solved(pipeline)

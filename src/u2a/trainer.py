@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainerCallback, TrainingArguments
 
 from u2a.batch_size import micro_batch, split_rows
 from u2a.callbacks import FiniteGradients, StreamPosition
@@ -79,6 +79,8 @@ class UnlearnConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lr_scheduler_type == SchedulerType.CONSTANT and self.warmup_steps:  # which it would leave out
+            self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
         if self.retain_term not in ("none", "nll", "kl", "proximal"):
             raise ConfigError(f"retain_term {self.retain_term!r}: expected none, nll, kl or proximal")
         if self.npo_beta <= 0 or self.retain_weight < 0 or self.ppl_budget_frac < 0:
@@ -353,7 +355,8 @@ def as_examples(rows: Rows | None, good: bool) -> tuple[Example, ...]:
     if not (isinstance(rows, list | tuple) and all(isinstance(row, Example) for row in rows)):
         raw = read_rows(rows, "dataset")  # type: ignore[arg-type]
         side = "chosen" if good else "rejected"
-        pairs = all(side in row.values and not {"completion", "messages"} & row.values.keys() for row in raw)
+        both, whole = {"chosen", "rejected"}, {"completion", "messages"}  # of a pair whatever else there is is not read
+        pairs = all(both <= row.values.keys() or (side in row.values and not whole & row.values.keys()) for row in raw)
         fields = FieldMap(completion=side) if pairs else FieldMap()
         rows = parse_examples(raw, DataSection(fields=fields, retain_fields=fields), good)
     return tuple(row for row in rows if row.weight is None or row.weight > 0)  # type: ignore[union-attr]

@@ -106,15 +106,20 @@ class Partition(Record):
         """Split the retain rows: 60 % train the retain term, 20 % the guard watches, 20 % are held out.
 
         Returns:
-            The three parts, by order of id; with fewer than five rows each part is the whole set. Where
-            ``retain_measured`` is given, those rows are held out, and the others both train and are watched.
+            The three parts without a common prompt, by order of id; with fewer than five prompts each part is the whole
+            set. Where ``retain_measured`` is given, those rows are held out, and the others both train and are watched.
         """
         rows = tuple(sorted(self.retain, key=lambda row: row.id))
         if self.retain_measured:
             return RetainParts(rows, rows, tuple(sorted(self.retain_measured, key=lambda row: row.id)))
-        if len(rows) < 5:
+        turns = [[turn for turn in row.prompt if turn.role == "user"] for row in rows]
+        asked = [tuple(" ".join(turn.content.casefold().split()) for turn in each) for each in turns]
+        place = {prompt: k % 5 for k, prompt in enumerate(dict.fromkeys(asked))}
+        if len(place) < 5:
             return RetainParts(rows, rows, rows)
-        return RetainParts(tuple(row for k, row in enumerate(rows) if k % 5 < 3), rows[3::5], rows[4::5])
+        fifth = [place[prompt] for prompt in asked]
+        parts = (tuple(row for row, k in zip(rows, fifth, strict=True) if k in ks) for ks in ((0, 1, 2), (3,), (4,)))
+        return RetainParts(*parts)
 
 
 # --- stage 2: reward analysis -------------------------------------------------------------------
@@ -296,6 +301,8 @@ class Contrast(Row):
         first, second: arms; the difference is first minus second.
         difference, low, high: paired bootstrap mean and 95 % interval.
         n: prompts.
+        p: two-sided p-value of flipping the signs of whole prompts' differences, which a few prompts cannot push down
+            as they narrow a bootstrap interval; None where the metric is no mean over items.
     """
 
     metric: str
@@ -305,6 +312,14 @@ class Contrast(Row):
     low: float | None = None
     high: float | None = None
     n: int = 0
+    p: float | None = None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of 0, and the p-value, where there is one, is at most 5 %."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return False
+        return self.p is None or self.p <= 0.05
 
 
 class Agreement(Row):

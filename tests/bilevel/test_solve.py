@@ -15,7 +15,7 @@ from tiny import tiny_policy
 from u2a.bilevel.gains import Gains, Reached, compute_gains, split_preference
 from u2a.bilevel.objective import CustomObjective, objective_values
 from u2a.bilevel.outcome import random_weights
-from u2a.bilevel.select import Shrunken, fold_statistics
+from u2a.bilevel.select import Shrunken, alike, fold_statistics
 from u2a.bilevel.solve import _refined, n_to_select, score, solve
 from u2a.bilevel.weight import frank_wolfe_gap, refine, with_block
 from u2a.config import SolveSection
@@ -125,7 +125,7 @@ def test_what_shrinking_leaves_of_noise_moves_weights_by_as_little():
 def test_gains_that_differ_by_rounding_alone_get_equal_weights(apart: float):
     gains = gains_of(torch.tensor([[1.0], [1.0], [1.0], [1.0 + apart]], dtype=torch.float64))
     weights = _refined(torch.full((4,), 0.25, dtype=torch.float64), gains, SolveSection(mirror_rate=1.0))
-    assert gains.alike and weights.tolist() == pytest.approx([0.25] * 4, abs=1e-5)
+    assert alike(gains.estimates) and weights.tolist() == pytest.approx([0.25] * 4, abs=1e-5)
 
 
 def test_one_candidate_gets_all_the_weight_or_none():

@@ -65,9 +65,18 @@ def test_a_sound_model_is_not_collapsed() -> None:
     assert (found.shares["always_refuses"], found.shares["one_answer"], found.shares["never_ends"]) == (0.0, 0.1, 0.0)
 
 
+def test_one_answer_to_prompts_of_any_kind_is_a_collapse_unless_it_is_a_refusal() -> None:
+    same = [Observed(f"Question {n}?", "I love you so much.", None, False) for n in range(24)]
+    assert (collapse(same).flag, collapse(same).kind) == ("collapsed", "one_answer")
+    refused = [Observed(f"Question {n}?", NO, None, False) for n in range(24)]
+    assert collapse(refused).flag == ""
+    assert collapse(same[:4]).flag == ""
+
+
 def test_what_cannot_be_looked_for_is_named() -> None:
     attacks = [Observed(prompt, NO, False, False) for prompt in ATTACKS]
-    assert collapse(attacks, 48).unchecked == ("always_refuses", "one_answer", "never_ends")
+    assert collapse(attacks, 48).unchecked == ("always_refuses", "never_ends")
+    assert collapse(attacks[:4], 48).unchecked == ("always_refuses", "one_answer", "never_ends")
     assert collapse(attacks, 48).flag == ""
     assert collapse(attacks, 255).kind is None
     assert collapse(attacks, 256).kind == "never_ends"

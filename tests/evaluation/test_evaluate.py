@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from tiny import examples, pairs, tiny_policy
 from u2a.config_evaluation import EvaluationSection
+from u2a.console import tone
 from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, prompts_answered
-from u2a.evaluation.evaluate import build_table
+from u2a.evaluation.degenerate import collapse
+from u2a.evaluation.evaluate import build_table, contrasts_of
 from u2a.evaluation.verdict import verdict
 from u2a.progress import Console
 from u2a.reward import CallableReward
@@ -117,12 +119,58 @@ def test_a_planted_difference_decides_the_verdict(shift: float, expected: str) -
     base = {row.id: math.sin(7.0 * index) for index, row in enumerate(rows)}
     moved = {key: value + shift + 0.3 * math.cos(5.0 * index) for index, (key, value) in enumerate(base.items())}
     arms = {
-        name: ArmResult(name=name, metrics={"preference_margin": Metric(value=0.0, n=40, values=values)})
+        name: ArmResult(
+            name=name, metrics={"preference_margin": Metric(value=0.0, n=40, values=values)}, collapse=collapse([])
+        )
         for name, values in (("random_k", base), ("after", moved))
     }
     table = build_table(arms, Partition(evaluation=rows), SECTION, 0, solution=solution())
     assert table.verdict.startswith(f"selection beat random-k: {expected} (")
     assert "split-half reliability of the gains 0.40, 0.57 predicted" in table.verdict
+
+
+def test_a_favourable_result_without_any_answer_is_not_believed() -> None:
+    rows = pairs(40)
+    arms = {
+        name: ArmResult(
+            name=name, metrics={"preference_margin": Metric(value=0.0, n=40, values={row.id: at for row in rows})}
+        )
+        for name, at in (("random_k", 0.0), ("after", 1.0))
+    }
+    found = build_table(arms, Partition(evaluation=rows), SECTION, 0, solution=solution()).verdict
+    assert found.startswith("selection beat random-k: not shown (") and "no answer was generated" in found
+
+
+@pytest.mark.parametrize(("prompts", "expected"), [(2, "not shown"), (5, "not shown"), (6, "yes"), (30, "yes")])
+def test_a_few_prompts_show_nothing_however_narrow_their_interval(prompts: int, expected: str) -> None:
+    rows = pairs(prompts)
+    values = {row.id: 0.02 + 0.001 * index for index, row in enumerate(rows)}  # all of one sign
+    arms = {
+        name: ArmResult(
+            name=name,
+            metrics={
+                "preference_margin": Metric(value=0.0, n=prompts, values={key: sign * v for key, v in values.items()})
+            },
+            collapse=collapse([]),
+        )
+        for name, sign in (("random_k", 0.0), ("after", 1.0))
+    }
+    table = build_table(arms, Partition(evaluation=rows), SECTION, 0, solution=solution())
+    margin = next(item for item in table.contrasts if item.metric == "preference_margin")
+    assert margin.low is not None and margin.low > 0 and margin.p == pytest.approx(2.0 ** (1 - prompts), abs=2e-4)
+    assert table.verdict.startswith(f"selection beat random-k: {expected} (")
+    assert ("flipping the signs of prompts gives p" in table.verdict) is (expected == "not shown")
+    assert tone(margin) == ("good" if expected == "yes" else "unclear")
+
+
+def test_perplexities_over_other_tokens_are_not_compared() -> None:
+    one, other = (
+        ArmResult(name=name, metrics={}, retain_nll={"r": nll}, retain_tokens={"r": tokens})
+        for name, nll, tokens in (("a", 100.0, 40.0), ("b", 110.0, 60.0))
+    )
+    assert contrasts_of(one, other, ("a", "b"), {}, (100, 0)) == []
+    alike = other.model_copy(update={"retain_tokens": {"r": 40.0}})
+    assert [item.metric for item in contrasts_of(one, alike, ("a", "b"), {}, (100, 0))] == ["retain_ppl"]
 
 
 # --- verdict ------------------------------------------------------------------------------------

@@ -172,17 +172,8 @@ class Gains:
 
     @property
     def unit(self) -> float:
-        """The unit of rates and tolerances: the sd of the plain gains (1 when they are equal but for rounding).
-
-        In the unit of what is left of them after shrinking, noise would move weights as far as a signal does.
-        """
-        spread = float(self.plain.std(correction=0))
-        return 1.0 if alike(self.plain) else spread
-
-    @property
-    def alike(self) -> bool:
-        """Whether no candidate can be told from another one."""
-        return alike(self.estimates)
+        """The unit of rates and tolerances: sd of the plain gains (1 when alike); noise moves weights little."""
+        return 1.0 if alike(self.plain) else float(self.plain.std(correction=0))
 
 
 @dataclass(frozen=True)

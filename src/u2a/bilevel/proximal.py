@@ -12,8 +12,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from u2a.adapter import lora_factors
 from u2a.bilevel.vectors import scaled
-from u2a.modeling import Params, Policy, lora_factors
+from u2a.modeling import Params, Policy
 
 
 @dataclass(frozen=True)

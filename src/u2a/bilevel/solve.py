@@ -20,7 +20,7 @@ from u2a.bilevel.hypergrad import make_refining_adjoint
 from u2a.bilevel.monitor import Monitor
 from u2a.bilevel.outcome import fallback_solution, solution_of
 from u2a.bilevel.search_state import SearchState, load_state, save_state
-from u2a.bilevel.select import decide, top_block
+from u2a.bilevel.select import alike, decide, top_block
 from u2a.bilevel.unrolled import Unrolled
 from u2a.bilevel.weight import drop_small, frank_wolfe_gap, refine, with_block
 from u2a.checkpoint import delete
@@ -252,7 +252,7 @@ def _certified(gains: Gains, gap: float | None, outer: OuterProblem) -> str:
     """Why the Frank-Wolfe gap says that the search is over, or an empty text."""
     if gap is None:
         return ""
-    if len(gains.estimates) > 1 and gains.alike:
+    if len(gains.estimates) > 1 and alike(gains.estimates):
         return "all candidates look alike (Frank-Wolfe gap 0)"
     return "Frank-Wolfe gap below tolerance" if gap <= outer.section.gap_tol * gains.unit else ""
 

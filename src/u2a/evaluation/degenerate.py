@@ -268,8 +268,9 @@ def collapse(answers: Sequence[Observed], max_new_tokens: int | None = None) -> 
             that never ends is looked for from 256 tokens on.
 
     Returns:
-        The flag. Refusals and the same answer need 5 different harmless prompts, unended answers 5 answers of which it
-        is known and such a limit; ``unchecked`` names the kinds that lack them.
+        The flag. Refusals need 5 different harmless prompts; the same answer too, or, where it is no refusal, 5 of any
+        kind; unended answers 5 answers of which it is known and such a limit; ``unchecked`` names the kinds that lack
+        them.
     """
     forms = Counter(incoherence(item.prompt, item.answer) for item in answers)
     shares: dict[Kind, float] = {form: forms[form] / len(answers) for form in get_args(Form)} if answers else {}
@@ -278,6 +279,10 @@ def collapse(answers: Sequence[Observed], max_new_tokens: int | None = None) -> 
         said = Counter(_folded(answer) for answer in harmless.values())
         shares["always_refuses"] = sum(map(is_refusal, harmless.values())) / len(harmless)
         shares["one_answer"] = max(said.values()) / len(harmless)
+    asked = {_folded(item.prompt): item.answer for item in answers}
+    if "one_answer" not in shares and len(asked) >= MIN_PROMPTS:  # to refuse all of them may be right
+        said = Counter(_folded(answer) for answer in asked.values() if not is_refusal(answer))
+        shares["one_answer"] = max(said.values(), default=0) / len(asked)
     ends = [item.finished for item in answers if item.finished is not None]
     if len(ends) >= MIN_PROMPTS and max_new_tokens is not None and max_new_tokens >= LONG_ENOUGH_TOKENS:
         shares["never_ends"] = ends.count(False) / len(ends)

@@ -6,11 +6,13 @@ and every interval resamples prompts, not rows.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from u2a.config_evaluation import EvaluationSection
 from u2a.evaluation.arm import ArmResult, item_groups
 from u2a.evaluation.reward_value import REWARD_LENGTH_CONTROLLED, arm_agreement, length_controlled, prompt_agreement
+from u2a.evaluation.significance import sign_flip_test
 from u2a.evaluation.stats import Interval, bootstrap_mean, paired_difference, paired_perplexity_difference
 from u2a.evaluation.verdict import BEFORE, SOLUTION, verdict
 from u2a.record import derive_seed
@@ -71,7 +73,9 @@ def build_table(
 
 
 def _collapse_words(arm: ArmResult | None) -> str | None:
-    """What speaks against believing an arm's likelihoods: its answers are broken."""
+    """What speaks against believing an arm's likelihoods: its answers are broken, or there are none."""
+    if arm is not None and arm.collapse is None:
+        return "no answer was generated, so nothing is known of a collapse"
     if arm is None or arm.collapse is None or not arm.collapse.flag:
         return None
     kind = str(arm.collapse.kind).replace("_", " ")
@@ -110,20 +114,40 @@ def contrasts_of(
     """
     resamples, seed = resampling[0], derive_seed(resampling[1], "bootstrap")
     rows: dict[str, Interval] = {}
+    flips: dict[str, float | None] = {}
     for metric, value in first.metrics.items():
         other = second.metrics.get(metric)
         if metric.startswith("mia_"):
             continue  # an AUC's error has two sides, forget rows and holdout; a mean over forget rows has one
         if other is not None and value.values and other.values:
             rows[metric] = paired_difference(value.values, other.values, groups, resamples, seed)
-    if first.retain_nll and first.retain_nll.keys() == second.retain_nll.keys():
+            flips[metric] = sign_flip_test(_by_prompt(value.values, other.values, groups)).p
+    same_rows = first.retain_nll and first.retain_nll.keys() == second.retain_nll.keys()
+    if same_rows and first.retain_tokens == second.retain_tokens:  # of other tokens perplexity is another quantity
         rows["retain_ppl"] = paired_perplexity_difference(
             first.retain_nll, second.retain_nll, first.retain_tokens, groups, resamples, seed
         )
     return [
-        Contrast(metric=metric, first=names[0], second=names[1], difference=d.value, low=d.low, high=d.high, n=d.n)
+        Contrast(
+            metric=metric,
+            first=names[0],
+            second=names[1],
+            difference=d.value,
+            low=d.low,
+            high=d.high,
+            n=d.n,
+            p=flips.get(metric),
+        )
         for metric, d in rows.items()
     ]
+
+
+def _by_prompt(first: Mapping[str, float], second: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
+    """Summed difference of each prompt's items: what the mean over items is made of."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for key in sorted(first.keys() & second.keys()):
+        sums[groups.get(key, key)] += first[key] - second[key]
+    return dict(sums)
 
 
 def _with_controlled_reward(

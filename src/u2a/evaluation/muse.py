@@ -4,7 +4,8 @@ C1 verbatim memorisation, C2 knowledge memorisation, C3 privacy leakage and C4 u
 (scalability) and C6 (sustainability) are experiments: C4 after requests of growing size, and after successive requests.
 
 Source: Shi et al. 2024, arXiv 2407.06460.
-Departs: questions are chat turns (MUSE completes plain text after "Answer:"), and the holdout is checked for overlap.
+Departs: questions are chat turns (MUSE completes plain text after "Answer:"), the holdout is checked for overlap, and
+knowledge and utility are ROUGE-L recall (the released code seems to take F1, which words around the answer lower).
 """
 
 from __future__ import annotations

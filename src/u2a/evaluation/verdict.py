@@ -28,8 +28,9 @@ def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None, dou
 
     Returns:
         A sentence that starts ``selection beat random-k: yes``, ``: no`` or ``: not shown``.
-        ``yes`` needs the 95 % interval of the held-out margin difference above 0 and that of accuracy not
-        below 0; ``no`` needs the margin's below 0; a fallback or a missing control is ``not shown``.
+        ``yes`` needs the 95 % interval of the held-out margin difference above 0, a p-value of flipped signs of at
+        most 5 %, and the interval of accuracy not below 0; ``no`` needs the margin's below 0, and the p-value; a
+        fallback or a missing control is ``not shown``.
     """
     reliability = None if solution is None else solution.scores.reliability
     if solution is not None and solution.fallback == "empty":
@@ -43,6 +44,9 @@ def verdict(contrasts: Sequence[Contrast], solution: Solution | None = None, dou
     if primary.low is None or primary.high is None:
         return _sentence("not shown", f"{_described(primary)}, too few for an interval", reliability)
     veto = _find(contrasts, VETO)
+    if not primary.low <= 0 <= primary.high and not primary.excludes_zero:
+        reason = f"{_described(primary)}, but flipping the signs of prompts gives p {primary.p:.3f}"
+        return _sentence("not shown", reason, reliability)
     if primary.high < 0:
         return _sentence("no", f"{_described(primary)}; random-k did better", reliability)
     if primary.low <= 0:

@@ -130,7 +130,7 @@ def lc_win_rate_2term(
         groups: prompt key by row id; ids that are missing are prompts of their own.
 
     Returns:
-        The length-controlled rate in [0, 100].
+        The length-controlled rate in [0, 100], without an interval where all preferences are equal.
 
     Source: Dubois et al. 2024, arXiv 2404.04475, section 3.
     Departs: no term for the difficulty of the instruction, no cross-validated penalty and no added gamed rows, so the
@@ -145,7 +145,8 @@ def lc_win_rate_2term(
     design = np.column_stack([np.ones(len(keys)), np.tanh(gaps / spread) if spread else np.zeros(len(keys))])
     beta = _fit_logistic(design, target)
     names = [(groups or {}).get(key, key) for key in keys]
-    half = _Z95 * _bias_error(design, target, beta, names) if len(set(names)) > 1 else None
+    one_sided = target.min() == target.max()  # no curvature but the ridge's: an interval would be far too narrow
+    half = None if one_sided or len(set(names)) < 2 else _Z95 * _bias_error(design, target, beta, names)
     low, high = (None, None) if half is None else (expit(beta[0] - half), expit(beta[0] + half))
     interval = Interval(float(expit(beta[0])), low, high, len(set(names)))
     plain = 100 * float(target.mean())

@@ -298,7 +298,9 @@ def _train_heads(place: Workplace, partition: Partition, console: Console) -> No
         if section.model not in TRAINED_HERE or folder.exists():
             continue
         pairs = first if name == "selecting" else second
-        model = build_reward_model(section, pairs, None, derive_seed(place.config.seed, name), console)
+        model = build_reward_model(
+            section, pairs, None, derive_seed(place.config.seed, name), console, place.config.model.device
+        )
         assert isinstance(model, EmbeddingReward | LanguageModelReward)
         model.save(folder)
 
@@ -310,7 +312,7 @@ def _open_reward(place: Workplace, name: str) -> RewardModel | None:
         return None
     if section.model in TRAINED_HERE:
         return load_reward_model(str(place.folder / "heads" / name), "head", device)
-    return build_reward_model(section, (), None, 0, Console(quiet=True))
+    return build_reward_model(section, (), None, 0, Console(quiet=True), place.config.model.device)
 
 
 # --- the unit of budgets, and pairs of candidates ------------------------------------------------

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from u2a.adapter import add_adapter
 from u2a.config import RewardSection, RunConfig
-from u2a.data import prompt_key
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, ModelError
 from u2a.evaluation_stage import EvaluationStage
@@ -38,9 +37,6 @@ from u2a.packaged import cache_dir, is_converted, resolve_model
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
 from u2a.record import one_line
-from u2a.reward.analysis import split_reward_pairs
-from u2a.reward.head import check_prompts
-from u2a.types import Partition
 
 
 def dry_run(config: RunConfig, console: Console) -> Forecast:
@@ -62,7 +58,6 @@ def dry_run(config: RunConfig, console: Console) -> Forecast:
         pipeline = Pipeline(elsewhere, console)
         evaluation = EvaluationStage(pipeline)  # reads and checks all data
         encoder = Encoder(pipeline.tokenizer, config.data.max_length)
-        _check_reward_pairs(config, pipeline.partition)
         workload = Workload(config, pipeline.partition, encoder, evaluation.prompt_sets, evaluation.holdout)
         shapes = shapes_of(config)
         sizes = sizes_of(shapes, config.model.load_in_4bit)
@@ -100,14 +95,6 @@ def dry_run(config: RunConfig, console: Console) -> Forecast:
         files=tuple(files),
         output_dir=config.output_dir,
     )
-
-
-def _check_reward_pairs(config: RunConfig, sets: Partition) -> None:
-    """Refuse too few pairs for a reward head, which a run would meet in stage 2 or 5."""
-    sides = split_reward_pairs(sets.reward)
-    for model, pairs in zip((config.reward.model, config.reward.eval_model), sides, strict=True):
-        if model in ("embedding", "language_model"):
-            check_prompts([prompt_key(pair.prompt) for pair in pairs])
 
 
 def shapes_of(config: RunConfig) -> torch.nn.Module:

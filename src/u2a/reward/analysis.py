@@ -25,7 +25,12 @@ from u2a.types import Example, Pair, RewardRow, RewardTable
 
 
 def build_reward_model(
-    section: RewardSection, pairs: Sequence[Pair], policy: Policy | None, seed: int, progress: Console
+    section: RewardSection,
+    pairs: Sequence[Pair],
+    policy: Policy | None,
+    seed: int,
+    progress: Console,
+    device_name: str = "auto",
 ) -> RewardModel | None:
     """Load or train the reward model of the options.
 
@@ -35,6 +40,7 @@ def build_reward_model(
         policy: gives the device, and the model of ``implicit`` (which leaves it unchanged).
         seed: seed of the training order.
         progress: shows the phase ``reward model``.
+        device_name: where the model goes without a policy, as in ``model.device``.
 
     Returns:
         The reward model, or None for ``none``.
@@ -44,7 +50,7 @@ def build_reward_model(
         DataError: too few training pairs.
         ModelError: a model cannot be loaded.
     """
-    device = policy.device if policy is not None else pick_device("auto")
+    device = policy.device if policy is not None else pick_device(device_name)
     if section.model == "none":
         return None
     with progress.phase("reward model", unit="texts") as bar:

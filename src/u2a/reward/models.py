@@ -50,7 +50,9 @@ class SequenceClassifierReward:
         self._model, self._tokenizer = model.eval(), tokenizer
         self._max_length, self._token_budget = max_length, token_budget
         self._limits = BatchLimits(f"reward {name}")
-        pad = tokenizer.pad_token_id if model.config.pad_token_id is None else model.config.pad_token_id
+        pad = model.config.pad_token_id
+        if pad is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+            pad = tokenizer.pad_token_id  # an end token taken for padding would hide the one that closes the answer
         self._pad = pad if isinstance(pad, int) else None  # without one, a batch holds one conversation
         model.config.pad_token_id = self._pad
 

@@ -1,0 +1,84 @@
+"""What would end a run in a late stage and can be told before any model is loaded: reward models and embedder."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig
+
+from u2a.config import RunConfig
+from u2a.data import prompt_key
+from u2a.errors import DataError, ModelError
+from u2a.packaged import check_installed
+from u2a.record import one_line
+from u2a.reward.analysis import split_reward_pairs
+from u2a.reward.head import check_prompts
+from u2a.types import Partition
+
+HEADS = ("embedding", "language_model")  # a head is fitted on the run's own reward pairs
+
+
+def check_early(config: RunConfig, sets: Partition) -> None:
+    """Check names of models, and the pairs that reward heads are fitted on.
+
+    Args:
+        config: options.
+        sets: the partition.
+
+    Raises:
+        DataError: too few prompts for a head.
+        ModelError: a name behind which there is no model.
+    """
+    check_named_models(config)
+    check_reward_pairs(config, sets)
+
+
+def check_reward_pairs(config: RunConfig, sets: Partition) -> None:
+    """Refuse too few pairs for a reward head, which a run would meet in stage 2 or 5.
+
+    Args:
+        config: options.
+        sets: the partition.
+
+    Raises:
+        DataError: too few prompts, with the option whose head lacks them.
+    """
+    sides = split_reward_pairs(sets.reward)
+    for option, side in (("model", 0), ("eval_model", 1), ("second_model", 1)):
+        if getattr(config.reward, option) in HEADS:
+            try:
+                check_prompts([prompt_key(pair.prompt) for pair in sides[side]])
+            except DataError as error:
+                raise DataError([f"reward.{option}: {line}" for line in error.problems]) from None
+
+
+def check_named_models(config: RunConfig) -> None:
+    """Refuse names of reward models and embedders behind which there is no model.
+
+    Args:
+        config: options.
+
+    Raises:
+        ModelError: a package that is not installed, or a name without a configuration.
+    """
+    reward = config.reward
+    named = {
+        "reward.name_or_path": reward.name_or_path if reward.model not in ("none", "implicit") else None,
+        "reward.eval_name_or_path": reward.eval_name_or_path if reward.eval_model != "none" else None,
+        "reward.second_name_or_path": reward.second_name_or_path if reward.second_model != "none" else None,
+        "evaluation.embedder": config.evaluation.embedder,
+    }
+    for option, name in named.items():
+        if name:
+            _check_named(option, name)
+
+
+def _check_named(option: str, name: str) -> None:
+    try:
+        if name.startswith("package:"):
+            check_installed(name)
+        else:
+            AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except ModelError as error:
+        raise ModelError(f"{option}: {error}") from None
+    except Exception as error:  # damaged files make the libraries below raise anything
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(one_line(f"{option}: {name!r} cannot be loaded ({text})")) from None

@@ -1,0 +1,81 @@
+"""What a model's name stands for: a local folder's files may change while its name stays."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from u2a.config import RunConfig
+from u2a.modeling import weights_fingerprint
+from u2a.record import content_id
+
+WHOLE_BYTES = 64 * 2**20  # larger files are sampled
+SAMPLES, SAMPLE_BYTES = 256, 64 * 2**10
+SUFFIXES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".gguf")
+
+
+def named_content(name: str | None) -> str:
+    """Hash what lies in a file or a local model folder.
+
+    Args:
+        name: a path, a hub id or another name.
+
+    Returns:
+        Hash of names and contents of the files a model is loaded from (of files above 64 MiB their size and 256 samples
+        that are spread over them), or of the one file; an empty text for a name behind which nothing lies here.
+    """
+    place = Path(name) if name else None
+    if place is None or not place.exists():
+        return ""
+    inside = sorted(place.iterdir()) if place.is_dir() else None
+    files = [place] if inside is None else [path for path in inside if path.suffix in SUFFIXES and path.is_file()]
+    stats = [(path, path.stat()) for path in files]
+    return content_id(
+        *(part for path, stat in stats for part in (path.name, _digest(path, stat.st_mtime_ns, stat.st_size)))
+    )
+
+
+def model_identity(name: str, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tell models apart that are called alike.
+
+    Args:
+        name: of the model.
+        model: passed as an object, or None.
+        tokenizer: its tokenizer.
+
+    Returns:
+        Hash of the weights (of the files behind a path; nothing for a hub id), chat template, and tokens of a sentence.
+    """
+    weights = named_content(name) if model is None else weights_fingerprint(model)
+    tokens = tokenizer("A few words, 12 numbers (and so on).\n")["input_ids"]
+    return [weights, str(tokenizer.chat_template), str(tokens)]
+
+
+def judging_content(config: RunConfig) -> list[str]:
+    """Hash what lies behind the names of the evaluation's reward models and its embedder.
+
+    Args:
+        config: options.
+
+    Returns:
+        As :func:`named_content`, for each.
+    """
+    names = (config.reward.eval_name_or_path, config.reward.second_name_or_path, config.evaluation.embedder)
+    return [named_content(name) for name in names]
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, changed_ns: int, size: int) -> str:
+    """Hash a file, once as long as it does not change."""
+    found = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as stream:
+        if size <= WHOLE_BYTES:
+            found.update(stream.read())
+        else:
+            for k in range(SAMPLES):
+                stream.seek((size - SAMPLE_BYTES) * k // (SAMPLES - 1))
+                found.update(stream.read(SAMPLE_BYTES))
+    return found.hexdigest()
