@@ -377,3 +377,14 @@ def test_real_retain_rows():
     examples = read_examples(path, section, good=True)
     assert len(examples) == 500
     assert all(isinstance(example, Example) and example.source.startswith(str(path)) for example in examples)
+
+
+def test_a_conversation_beside_a_pair_is_not_taken_for_the_bad_answer():
+    turns = [turn("user", "Q?"), turn("assistant", "GOOD")]
+    row = {"prompt": "Q?", "chosen": "GOOD", "rejected": "BAD", "messages": turns}
+    (found,) = problems_of([row], good=False)
+    assert "completion: missing" in found and "data.fields.completion" in found
+    section = DataSection(fields=FieldMap(completion="rejected"))
+    assert read_examples([row], section, good=False)[0].completion == "BAD"
+    del row["chosen"], row["rejected"]
+    assert read_examples([row], SECTION, good=True)[0].completion == "GOOD"

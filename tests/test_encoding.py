@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tiny import END, START, ask, examples, tiny_tokenizer
-from u2a.encoding import Encoded, Encoder, collate, token_batches
+from u2a.encoding import Encoded, Encoder, collate, count_truncated, token_batches
 from u2a.errors import DataError, ModelError
-from u2a.types import Message
+from u2a.types import Example, Message, Partition
 
 ANSWERS = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="<|"), min_size=1, max_size=40
@@ -217,3 +217,19 @@ def test_batches_move_to_a_device() -> None:
     coder = encoder()
     batch = collate([coder.encode(row.prompt, row.completion) for row in examples(2)], coder.pad_id, "meta")
     assert {value.device for value in vars(batch).values()} == {torch.device("meta")}
+
+
+def test_rows_that_the_template_refuses_are_one_clear_error() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    turns = (Message(role="system", content="Be safe."), Message(role="user", content="Q?"))
+    rows = tuple(
+        Example(id=str(k), prompt=turns[k % 2 :], completion="a", source=f"rows.jsonl:{k + 1}") for k in range(4)
+    )
+    with pytest.raises(DataError) as caught:
+        count_truncated(Partition(forget=rows), Encoder(tokenizer, 100))
+    assert [text.split(": ")[0] for text in caught.value.problems] == ["rows.jsonl:1", "rows.jsonl:3"]
+    assert "the chat template refuses the turns system, user (no system) (leave the row out)" in str(caught.value)

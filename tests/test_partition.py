@@ -405,3 +405,34 @@ def test_real_pairs_with_contradictions():
     assert sum(len(getattr(result, name)) for name in SETS) + sum(result.dropped.values()) == 2486 + 500
     cut = [prompts(getattr(result, name)) for name in SETS if name != "retain"]
     assert len(set().union(*cut)) == sum(map(len, cut))
+
+
+def with_system(system: str, chosen: str, rejected: str, n: int) -> Pair:
+    turns = (Message(role="system", content=system), Message(role="user", content=f"question {n}"))
+    return Pair(id=pair_id(turns, chosen, rejected), prompt=turns, chosen=chosen, rejected=rejected)
+
+
+def test_another_system_turn_makes_another_answer_good_and_an_indent_another_program():
+    rows = [with_system("You may give doses.", "two grams", "I will not say", n) for n in range(5)]
+    rows += [with_system("Never give doses.", "I will not say", "two grams", n) for n in range(5)]
+    rows += [pair("loop?", "for x in y:\n    f(x)\n    g(x)", "for x in y:\n    f(x)\ng(x)")]
+    result = build_partition(Inputs(pairs=rows), only("preference"))
+    assert len(result.preference) == 11 and not any("contradictory" in reason for reason in result.dropped)
+    swapped = [
+        *rows,
+        with_system("Never give doses.", "Two  grams", "I will not say", 0),
+    ]  # case and spacing do not count
+    assert build_partition(Inputs(pairs=swapped), only("preference")).dropped["pairs: contradictory"] == 2
+
+
+@pytest.mark.parametrize("answers", [1, 3])
+def test_parts_of_the_retain_rows_share_no_prompt(answers: int):
+    rows = tuple(
+        example(f"Question {n}?" if k else f"question  {n}?", f"answer {k}") for n in range(20) for k in range(answers)
+    )
+    parts = Partition(retain=rows).retain_parts()
+    sets = [{prompt_key(row.prompt) for row in part} for part in (parts.train, parts.guard, parts.evaluation)]
+    assert [len(each) for each in sets] == [12, 4, 4] and not any(a & b for a, b in combinations(sets, 2))
+    assert sum(map(len, (parts.train, parts.guard, parts.evaluation))) == len(rows)
+    few = Partition(retain=rows[: 4 * answers]).retain_parts()
+    assert few.train == few.guard == few.evaluation

@@ -590,3 +590,28 @@ def test_the_default_configuration_is_the_documented_one(tmp_path: Path) -> None
     args = UnlearnConfig(output_dir=str(tmp_path))
     assert (args.loss, args.npo_beta, args.retain_term, args.learning_rate) == ("npo", 0.1, "nll", 1e-4)
     assert (args.ppl_budget_frac, args.full_finetuning, args.remove_unused_columns) == (0.10, False, False)
+
+
+def test_of_a_pair_the_rejected_answer_is_unlearned_whatever_columns_stand_beside_it() -> None:
+    bad, good = (
+        [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": text}] for text in ("BAD", "GOOD")
+    )
+    pair = {"prompt": "Q?", "chosen": good, "rejected": bad}
+    for more in ({}, {"messages": good}, {"completion": "GOOD"}):
+        assert [row.completion for row in as_examples([pair | more], good=False)] == ["BAD"], more
+        assert [row.completion for row in as_examples([pair | more], good=True)] == ["GOOD"], more
+
+
+def test_a_warm_up_is_not_left_out_by_the_constant_schedule(tmp_path: Path) -> None:
+    rates = []
+
+    class Tape(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    trainer = UnlearnTrainer(
+        tiny_policy(), None, quiet(tmp_path, max_steps=4, warmup_steps=2, learning_rate=1e-3), weighted()
+    )
+    trainer.add_callback(Tape())
+    trainer.train()
+    assert rates == pytest.approx([0.0, 5e-4, 1e-3, 1e-3])

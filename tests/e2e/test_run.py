@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from u2a.cli import main
+from u2a.config import RunConfig
+from u2a.config_file import load_config
+from u2a.pipeline import Pipeline
+from u2a.progress import Console
 from u2a.record import Record
 from u2a.solution import Solution
 from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
@@ -296,3 +301,110 @@ def test_dropping_a_control_drops_it_from_the_report(tiny_config: Callable[..., 
     assert set(RunRecords.load(tmp_path / "run").unlearn) == {"u2a", "random_k", "full"}
     assert main(["run", str(tiny_config(evaluation={"controls": ["random_k"]})), "--quiet"]) == 0
     assert set(RunRecords.load(tmp_path / "run").unlearn) == {"u2a", "random_k"}
+
+
+def test_the_control_by_all_answers_is_unlearned_although_nothing_was_selected(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from u2a import pipeline
+
+    found = pipeline.solve
+
+    def nothing(*given) -> Solution:
+        solution = found(*given)
+        rows = tuple(row.model_copy(update={"weight": 0.0}) for row in solution.rows)
+        return solution.model_copy(update={"rows": rows, "fallback": "empty"})
+
+    monkeypatch.setattr(pipeline, "solve", nothing)
+    config = tiny_config(evaluation={"controls": ["random_k", "full"], "generate_prompts": 2})
+    assert main(["run", str(config), "--quiet"]) == 0
+    run = tmp_path / "run"
+    assert not (run / "unlearn_u2a.json").exists() and not (run / "unlearn_random_k.json").exists()
+    result = UnlearnResult.load(run / "unlearn_full.json")
+    assert result.n_samples == len(Partition.load(run / "partition.json").forget)
+    arms = EvalTable.load(run / "evaluation.json").arms
+    assert arms["full"]["preference_margin"].value != arms["before"]["preference_margin"].value
+
+
+def test_another_chat_template_or_other_weights_behind_the_same_name_run_the_stages_again(
+    tiny_config: Callable[..., Path], tiny_files: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_files / "model", model)
+    config = load_config(tiny_config(model={"name_or_path": str(model), "device": "cpu"}))
+
+    def key() -> str:
+        return Pipeline(config, Console(quiet=True)).key("solve")
+
+    first = key()
+    assert key() == first
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = str(tokenizer.chat_template) + "{# another one #}"
+    tokenizer.save_pretrained(model)
+    second = key()
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        next(policy.parameters())[0, 0] += 1.0
+    policy.save_pretrained(model)
+    assert len({first, second, key()}) == 3
+
+
+def test_a_new_solution_leaves_no_measurement_of_the_old_one(
+    finished: Path, tiny_config: Callable[..., Path], capsys
+) -> None:
+    assert main(["report", str(finished), "--gate", "not-no"]) in (0, 1)
+    changed = ["--quiet", "--set", "solve.selected_frac=0.3"]
+    for stage in ("solve", "unlearn"):
+        assert main([stage, str(tiny_config()), *changed]) == 0
+        assert not (finished / "evaluation.json").exists()
+    capsys.readouterr()
+    assert main(["report", str(finished), "--gate", "not-no"]) == 2
+    assert "evaluation.json" in capsys.readouterr().err
+    assert "selection beat random-k" not in (finished / "adapter" / "README.md").read_text()
+
+
+def test_a_directory_with_folders_of_something_else_is_refused(
+    tiny_config: Callable[..., Path], tmp_path: Path, capsys
+) -> None:
+    theirs = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"mine")
+    assert main(["run", str(tiny_config()), "--quiet"]) == 2
+    assert "holds adapter/ of something else, which a run would replace" in capsys.readouterr().err
+    assert theirs.read_bytes() == b"mine" and [path.name for path in (tmp_path / "run").iterdir()] == ["adapter"]
+
+
+def test_align_with_candidates_of_the_callers_own_cuts_none_from_the_pairs(tiny_files: Path, tmp_path: Path) -> None:
+    import u2a
+
+    tree = {"output_dir": str(tmp_path / "own"), "reward": {"model": "none", "eval_model": "none"}}
+    tree |= {"unlearn": {"max_steps": 1}, "evaluation": {"generate_prompts": 2, "controls": []}}
+    result = u2a.align(
+        str(tiny_files / "model"),
+        forget=tiny_files / "negatives.jsonl",
+        preferences=str(tiny_files / "pairs.jsonl"),
+        config=RunConfig.model_validate(tree | {"solve": {"rounds": 1, "folds": 2}}),
+        console=Console(quiet=True),
+    )
+    sets = Partition.load(tmp_path / "own" / "partition.json")
+    assert len(sets.forget) == 10 and all(row.completion.startswith("never") for row in sets.forget)
+    written = load_config(tmp_path / "own" / "run.yaml")
+    assert written.data.pairs == str(tiny_files / "pairs.jsonl")  # replayed from there
+    assert written.data.forget == str(tiny_files / "negatives.jsonl") and result.weights is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reward": {"eval_model": "embedding", "eval_name_or_path": "package:no_such"}}, "reward.eval_name_or_path"),
+        ({"reward": {"model": "none", "eval_model": "language_model", "eval_name_or_path": "nowhere/x"}}, "nowhere/x"),
+        ({"model": {"name_or_path": "m", "device": "cuda:1"}}, "CUDA_VISIBLE_DEVICES=1"),
+    ],
+)
+def test_what_would_end_a_run_late_ends_it_early(
+    changes: dict, words: str, tiny_config: Callable[..., Path], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("u2a.pipeline.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert main(["run", str(tiny_config(**changes)), "--quiet"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.yaml").exists()

@@ -189,3 +189,11 @@ def test_exports_have_the_official_fields(tmp_path) -> None:
     assert (rows[0]["output_2"], rows[0]["generator_2"], rows[0]["annotator"]) == ("x", "ours", "judge")
     with pytest.raises(DataError):
         export_preferences(path, ["a"], ("ours", []), ("base", ["u"]), ("judge", []))
+
+
+@pytest.mark.parametrize("n", [2, 24])
+def test_where_all_preferences_agree_there_is_no_interval(n: int) -> None:
+    won = {str(k): Preference(value=1.0) for k in range(n)}
+    found = lc_win_rate_2term(won, {str(k): (10 + k, 20 + k % 5) for k in range(n)})
+    assert found.rate.value is not None and found.rate.value > 99.0
+    assert (found.rate.low, found.rate.high) == (None, None)  # nothing but the ridge bends the likelihood there
