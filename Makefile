@@ -126,6 +126,8 @@ experiment-signal: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/pa_signal.py \
 	  configs/experiment-main.yaml configs/experiment-tasks.yaml --tasks halueval,alpaca_eval,saferlhf \
 	  --out bench/results/pa_signal.json
+	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/pa_signal.py \
+	  configs/experiment-openings.yaml --out bench/results/pa_signal_openings.json
 
 experiment-rewards: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/python bench/reward_agreement.py \
