@@ -212,7 +212,11 @@ PAGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "selection_smollm2": ("Selection: validity on SmolLM2", "make experiment-validity", selection_smollm2),
     "pa_gain": ("What more preference pairs bring on SmolLM2", "make bench-pa-gain", pa_gain),
     "pa_signal": ("What the preference pairs of every task say", "make experiment-signal", pa_signal),
-    "pa_signal_openings": ("What the preference pairs say where length tells no side apart", "make experiment-signal", pa_signal),
+    "pa_signal_openings": (
+        "What the preference pairs say where length tells no side apart",
+        "make experiment-signal",
+        pa_signal,
+    ),
     "reward_agreement": ("Do two reward models agree?", "make experiment-rewards", reward_agreement),
 }
 

@@ -7,13 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planted_overlaps import ENDS, KINDS, planted
-from tiny import END, ask, examples, pairs, tiny_tokenizer
+from tiny import END, ask, examples, pairs, save_tiny, tiny_tokenizer
+from u2a.config import ModelSection
 from u2a.data import example_id, fold, pair_id, prompt_key
 from u2a.diagnosis import Diagnosis
 from u2a.doctor import examine, examine_sets
 from u2a.encoding import Encoder
-from u2a.errors import DataError
+from u2a.errors import DataError, ModelError
+from u2a.model_loading import load_tokenizer
 from u2a.near_duplicates import alike, fingerprint, near_labels
+from u2a.token_checks import PROBE
 from u2a.types import Example, Message, Pair, Partition
 
 LONG = " ".join(f"word{k}" for k in range(40))
@@ -234,7 +237,8 @@ TEMPLATES = {
     "{{ messages[0]['content'] }}": [("error", "leaves the answer out")],
     "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}": [("warning", "no generation prompt")],
     "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}": [
-        ("note", "writes no end token")
+        ("warning", "does not begin as its prompt does"),
+        ("note", "writes no end token"),
     ],
     "{{ raise_exception('never') }}": [("error", "cannot render a conversation: never")],
 }
@@ -301,3 +305,43 @@ def test_two_thousand_rows_take_less_than_two_seconds():
     start = time.process_time()
     examine_sets({"forget": rows, "evaluation": held})
     assert time.process_time() - start < 2
+
+
+QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_thoughts_between_prompt_and_answer_are_seen_and_an_option_of_the_template_removes_them(tmp_path):
+    save_tiny(tmp_path / "model")
+    tokenizer = tiny_tokenizer(pad_is_eos=False)
+    tokenizer.chat_template = QWEN
+    tokenizer.save_pretrained(tmp_path / "model")
+    thinking, plain = (
+        Encoder(load_tokenizer(ModelSection(name_or_path=str(tmp_path / "model"), template_options=options)), 200)
+        for options in ({}, {"enable_thinking": False})
+    )
+    found = [item.text for item in examine_sets({}, thinking).findings]
+    assert any("writes '<think>" in text and "enable_thinking: false" in text for text in found)
+    assert not any("<think>" in item.text for item in examine_sets({}, plain).findings)
+    answers = [each.tokenizer.decode(each.encode(PROBE, "Paris").answer_ids) for each in (thinking, plain)]
+    assert "<think>" in answers[0] and "think" not in answers[1] and answers[1].startswith("Paris")
+    with pytest.raises(ModelError, match="no name of a variable"):
+        load_tokenizer(ModelSection(name_or_path=str(tmp_path / "model"), template_options={"a b": 1}))
+
+
+def test_other_things_a_template_does_to_answers_are_seen():
+    tokenizer = tiny_tokenizer(pad_is_eos=False)
+    closed = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    turns = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    cases = {
+        "within a thought": QWEN.replace(closed, "<think>"),
+        "prints today's date": "{{ strftime_now('%d') }}" + QWEN,
+        "does not begin as its prompt does": turns + "{% if add_generation_prompt %}go{% endif %}",
+    }
+    for words, template in cases.items():
+        tokenizer.chat_template = template
+        assert any(words in item.text for item in examine_sets({}, Encoder(tokenizer, 50)).findings), words

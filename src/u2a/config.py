@@ -33,6 +33,9 @@ class ModelSection(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention kernel")
     load_in_4bit: bool = option(False, "quantise the frozen base with bitsandbytes (needs an adapter and CUDA)")
     save_merged: bool = option(False, "also write the model with the adapter merged in, under merged/")
+    template_options: dict[str, bool | int | float | str] = option(
+        {}, "values of the chat template's own variables, such as enable_thinking: false"
+    )
     trust_remote_code: bool = option(False, "run code shipped with the model (recorded in the report)")
     adapter: AdapterConfig = option(AdapterConfig(), "the LoRA adapter")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,22 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"model.name_or_path: no tokenizer at {section.name_or_path!r} ({_first_line(error)})"
         ) from None
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = _with_options(tokenizer.chat_template, section.template_options)
     if tokenizer.chat_template:
         try:
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
         except Exception as error:  # a template is a program of the model's author, run in a sandbox
             raise ModelError(f"{name} has a chat template that fails ({_first_line(error)})") from None
     return tokenizer
+
+
+def _with_options(template: str, options: Mapping[str, bool | int | float | str]) -> str:
+    """Set variables of a template in its first lines, so that whatever renders it later has them as well."""
+    wrong = [name for name in options if not name.isidentifier()]
+    if wrong:
+        raise ModelError(one_line(f"model.template_options: {wrong[0]!r} is no name of a variable"))
+    return "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in options.items()) + template
 
 
 def load_model(section: ModelSection) -> PreTrainedModel:

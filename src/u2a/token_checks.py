@@ -103,12 +103,41 @@ def template_problems(encoder: Encoder) -> list[Problem]:
     if problems and problems[-1][0] == "error":
         return problems
     if start == bare:
-        text = "chat template: has no generation prompt, so nothing marks where the answer begins (add one)"
+        text = (
+            "chat template: has no generation prompt, so nothing marks where the answer begins (add one, unless the "
+            "user's turn ends in a mark of its own, such as [/INST])"
+        )
+        problems.append(("warning", "template", text))
+    problems += [("warning", "template", f"chat template: {text}") for text in _misplaced(start, whole)]
+    if "strftime_now" in str(tokenizer.chat_template):
+        text = (
+            "chat template: prints today's date, so results change from day to day (model.template_options may fix it)"
+        )
         problems.append(("warning", "template", text))
     tail = whole[len(start) :] if whole.startswith(start) else whole
     if encoder.end_ids.isdisjoint(tokenizer(tail, add_special_tokens=False)["input_ids"]):
         problems.append(("note", "template", "chat template: writes no end token after an answer (it is added here)"))
     return problems
+
+
+def _misplaced(start: str, whole: str) -> list[str]:
+    """What stands between prompt and answer, and makes the trained answer another one than the generated one."""
+    if not whole.startswith(start):
+        return [
+            "a conversation with an answer does not begin as its prompt does: answers are put behind it as they are"
+        ]
+    before = whole[len(start) :].partition(REPLY.content)[0].strip()
+    found = []
+    if before:
+        found.append(
+            f"writes {before!r} before an answer, which counts as a part of it (of a thinking model: "
+            "model.template_options={enable_thinking: false})"
+        )
+    if start.rstrip().endswith("<think>"):
+        found.append(
+            "its prompt ends within a thought, so that answers are trained as thoughts (end it in the template)"
+        )
+    return found
 
 
 def render(encoder: Encoder, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -348,6 +348,8 @@ def decisive(config: RunConfig) -> dict[str, Any]:
     """
     document = config.model_dump(mode="json", exclude={"output_dir", "robustness"})
     document["model"]["name_or_path"] = _content(config.model.name_or_path)
+    if not config.model.template_options:  # cells from before there was this option keep their names
+        del document["model"]["template_options"]
     for name in SOURCES:
         source = getattr(config.data, name)
         document["data"][name] = None if source is None else _content(source)
