@@ -227,3 +227,40 @@ def test_ordinary_answers_are_not_called_incoherent() -> None:
     found = collapse([Observed(*row, finished=True, harmless=True) for row in rows], 512)
     assert (found.flag, found.n) == ("", len(rows))
     assert sum(found.shares[form] for form in get_args(Form)) < 0.01
+
+
+OTHER_LANGUAGES = {
+    "Indonesian": (
+        "Untuk membuat roti, pertama siapkan tepung dan air. Kemudian campur semua bahan dalam wadah "
+        "besar dan tunggu sampai mengembang di tempat yang hangat."
+    ),
+    "Polish": (
+        "Aby zrobić ciasto, najpierw przygotuj mąkę i jajka. Następnie wymieszaj wszystko w dużej misce i"
+        " odstaw na godzinę w ciepłe miejsce, aż ciasto wyrośnie."
+    ),
+    "Hungarian": (
+        "A kenyérhez először készítsd elő a lisztet és a vizet. Ezután keverd össze az egészet egy nagy "
+        "tálban, és hagyd állni egy órát meleg helyen."
+    ),
+    "Finnish": (
+        "Valmista ensin jauhot ja vesi leipää varten. Sekoita sitten kaikki suuressa kulhossa ja anna "
+        "taikinan kohota tunnin ajan lämpimässä paikassa."
+    ),
+    "Turkish": (
+        "Ekmek yapmak için önce un ve su hazırlayın. Sonra hepsini büyük bir kapta karıştırın ve sıcak "
+        "bir yerde bir saat bekletin."
+    ),
+    "Swahili": (
+        "Ili kutengeneza mkate, kwanza andaa unga na maji. Kisha changanya kila kitu kwenye bakuli kubwa "
+        "na acha kwa saa moja mahali penye joto."
+    ),
+    "Swedish": (
+        "För att baka bröd måste du först blanda mjöl och vatten. Låt sedan degen jäsa på en varm plats "
+        "tills den är dubbelt så stor."
+    ),
+}
+
+
+@pytest.mark.parametrize("language", OTHER_LANGUAGES)
+def test_another_language_is_no_gibberish(language: str) -> None:
+    assert incoherence("?", OTHER_LANGUAGES[language]) is None

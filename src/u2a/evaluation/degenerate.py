@@ -40,6 +40,7 @@ ODD_SHARE = 0.5
 OTHER_SHARE = 0.25
 SOUP_SHARE = 0.1
 SOUP_FUNCTION_WORDS = 0.05
+SPOKEN_SHARE = 0.1
 UNREADABLE_SHARE = 0.05
 
 BROKEN_SHARE = 0.5
@@ -83,7 +84,16 @@ _COMMON = """
     one more no than then them these de la le les des un une et en est que il pour dans qui sur el los las y por con
     para der die das und ist ein eine nicht mit zu von den im auf di che per non e o da do os um uma
 """
-_FUNCTION_WORDS = frozenset(_COMMON.split())
+# ... and of languages whose pairs of letters are odd in English: Polish, Czech, Hungarian, Finnish, Turkish, Swahili,
+# Indonesian, Albanian, Romanian, Swedish, Norwegian, Icelandic, without accents.
+_MORE_COMMON = """
+    nie sie na do to jest ze jak po aby przez dla od lub oraz najpierw nastepnie wszystko ktore je se pro jsou ale jako
+    az es egy nem hogy is ezt ezutan meg majd ja on ei se etta sitten kaikki ensin tai niin joka ovat ve bir bu icin ile
+    da de daha sonra once cok olarak yang dan di ke dari untuk dengan ini itu tidak semua dalam akan sampai ya wa kwa ni
+    za kisha ili kila hii dhe te nje per ne nuk qe me si sa nu cu pe este din och att det som pa ar inte og er ikke til
+    med ad thad ekki sem
+"""
+_FUNCTION_WORDS = frozenset((_COMMON + _MORE_COMMON).split())
 
 
 @lru_cache(maxsize=4096)  # judge, collapse and metrics ask about the same answers
@@ -185,9 +195,9 @@ def is_gibberish(answer: str) -> bool:
     Returns:
         True when at least 5 % of the characters (and 3 of them) are unreadable (control, private, unassigned or
         replacement characters); when at least half of 20 or more letters stand in odd words (or are different letters
-        that stand alone, where a quarter of the text is digits and signs); or when, in 20 or more words, a tenth of the
-        letters stand in odd words or words with a capital inside and at most 5 % of the words are function words of
-        English or five other languages.
+        that stand alone, where a quarter of the text is digits and signs) and fewer than a tenth of the words are
+        function words of a language; or when, in 20 or more words, a tenth of the
+        letters stand in odd words or words with a capital inside and at most 5 % of the words are function words.
     """
     text = answer[:_READ_CHARS]
     unreadable = sum(_is_unreadable(letter) for letter in text)
@@ -201,7 +211,8 @@ def is_gibberish(answer: str) -> bool:
     odd = sum(len(word) for word in words if _is_odd(word.lower()))
     other = sum(not (letter.isalpha() or letter.isspace()) for letter in plain)
     single = len({word for word in words if len(word) == 1}) if other >= OTHER_SHARE * (letters + other) else 0
-    if odd + single >= ODD_SHARE * letters:
+    spoken = [word for word in words if len(word) > 1 and word.lower() in _FUNCTION_WORDS]
+    if odd + single >= ODD_SHARE * letters and len(spoken) < SPOKEN_SHARE * len(words):
         return True
     inner = sum(len(word) for word in words if not _is_odd(word.lower()) and re.search("[a-z][A-Z]", word))
     functional = sum(word.lower() in _FUNCTION_WORDS for word in words)
