@@ -9,9 +9,12 @@ import pytest
 
 from fake_cells import SEEDS, cell, cells, protocol
 from u2a.errors import ConfigError
+from u2a.evaluation.equal_utility import EqualUtility
 from u2a.experiment.analysis import analyse
+from u2a.experiment.cell import CellResult
 from u2a.experiment.estimates import Cells
 from u2a.experiment.frozen import Replaced
+from u2a.experiment.measured import AtEqualPpl
 from u2a.experiment.protocol import Protocol
 from u2a.experiment.results import write_results
 from u2a.experiment.statements import judge
@@ -141,6 +144,36 @@ def test_cheaper_reads_a_reward_where_answers_were_generated() -> None:
     assert verdict.finding in ("shown", "refuted", "not shown")
     shares = [part for part in verdict.why.split(": ")[1].split(", ") if part[0].isdigit()]
     assert shares == ["1.00"] * len(shares)  # level 4, the only full one
+
+
+def test_cheaper_within_the_bound_on_perplexity_reads_the_scaled_policy() -> None:
+    declared = statement(rule="cheaper", arms=["a", "b"], at_most=0.3, metric="preference_margin_at_equal_ppl")
+    found = cells({"a": 8.0, "b": 0.5})
+    assert judge(declared, found, ())[0].why.count("not measured") == 6
+    search = EqualUtility(
+        scale=0.5,
+        cost=1.0,
+        start=1.0,
+        budget=1.1,
+        budget_frac=0.1,
+        tolerance=0.1,
+        evaluations=1,
+        path=(),
+        monotone=True,
+    )
+
+    def scaled(item: CellResult) -> CellResult:  # b's change is undone at its end: it has then what it had before
+        at = [level.measured for level in item.levels]
+        kept = at if item.arm == "a" else [at[0], at[0]]
+        levels = [
+            level.model_copy(update={"equal": AtEqualPpl(search=search, measured=found)})
+            for level, found in zip(item.levels, kept, strict=True)
+        ]
+        return item.model_copy(update={"levels": tuple(levels)})
+
+    results = [scaled(item) for item in found.results]
+    verdict = judge(declared, Cells(results, found.groups, found.starts), ())[0]
+    assert verdict.finding == "not shown" and verdict.why.count("0.00 to 1.00") == 6  # b had it at 1
 
 
 def test_an_arm_that_never_gets_there_refutes_that_it_is_cheaper() -> None:

@@ -94,9 +94,9 @@ class StatementSection(Section):
     family: str = option("", "family of contrasts (better, not_worse)")
     contrasts: list[tuple[str, str]] | None = option(None, "these of the family alone; corrected as in it (null: all)")
     arms: tuple[str, str] = option(("", ""), "cheaper: the arm, and the arm whose end it must reach")
-    metric: Literal["preference_margin", "preference_accuracy", "reward"] = option(
-        "preference_margin", "cheaper: in what"
-    )
+    metric: Literal[
+        "preference_margin", "preference_accuracy", "reward", "preference_margin_at_equal_ppl", "reward_at_equal_ppl"
+    ] = option("preference_margin", "cheaper: in what")
     at_most: Positive = option(0.1, "cheaper: with at most this share of what the other one has spent")
     spent: Literal["budget", "cpu_seconds"] = option("budget", "cheaper: what is compared")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Literal
 
 from u2a.experiment.cell import CellResult, LevelResult
 from u2a.experiment.contrasts import ContrastFigures
-from u2a.experiment.estimates import BY_PROMPT, Cells
+from u2a.experiment.estimates import BY_PROMPT, EQUAL, Cells, values_of
 from u2a.experiment.measured import Measured
 from u2a.experiment.protocol import Protocol, StatementSection
 from u2a.record import Row
@@ -113,18 +113,22 @@ def _share(
     Returns:
         The answer and the share.
     """
-    read = BY_PROMPT[section.metric]
 
-    def mean(measured: Measured) -> float:
-        return fmean(cells.prompts(first.task, first.seed, dict(read(measured))).values())
+    def mean(values: Mapping[str, float]) -> float:
+        return fmean(cells.prompts(first.task, first.seed, dict(values)).values())
 
-    measured = [[level for level in cell.levels if read(level.measured)] for cell in (first, second)]
-    target = mean(second.levels[-1].measured)
-    if target <= mean(start):
+    found = [
+        [(mean(values), level) for level in cell.levels if (values := values_of(section.metric, level))]
+        for cell in (first, second)
+    ]
+    if not all(found):
+        return None, "not measured"
+    target = found[1][-1][0]
+    if target <= mean(BY_PROMPT[section.metric.removesuffix(EQUAL)](start)):
         return None, f"{second.arm} gained nothing"
-    needed = _spent(section, next(level for level in measured[1] if mean(level.measured) >= target))
-    shares = [_spent(section, level) / needed for level in measured[0]]
-    at = next((k for k, level in enumerate(measured[0]) if mean(level.measured) >= target), None)
+    needed = _spent(section, next(level for value, level in found[1] if value >= target))
+    shares = [_spent(section, level) / needed for _, level in found[0]]
+    at = next((k for k, (value, _) in enumerate(found[0]) if value >= target), None)
     if at is None:
         return (False if shares and shares[-1] >= section.at_most else None), "not reached"
     if shares[at] <= section.at_most:
