@@ -29,8 +29,27 @@ OURS: dict[str, Scorer] = {
 Work = Callable[[], Tensor]
 
 
+def released_way(subject: Subject) -> Tensor:
+    """U' grad l_k as the method's released code does it: one row at a time through the model with its labels.
+
+    The model's own loss takes logits at all positions of the row. The loss of gradient ascent is its negative.
+    """
+    policy = subject.policy
+    flat = torch.cat([value.reshape(-1) for value in subject.u.values()])
+    leaves = list(policy.trainable().values())
+    out = torch.zeros(len(subject.losses.rows), dtype=torch.float64)
+    for k, row in enumerate(subject.losses.rows):
+        ids = torch.tensor([row.input_ids], device=policy.device)
+        labels = ids.clone()
+        labels[:, : -row.n_answer] = -100
+        loss = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        gradients = torch.autograd.grad(loss, leaves)
+        out[k] = -torch.dot(torch.cat([value.reshape(-1) for value in gradients]), flat).double()
+    return out
+
+
 def per_sample(subject: Subject) -> Tensor:
-    """U' grad l_k the way of the method's released code: batch size 1, backward, flatten, dot.
+    """U' grad l_k by batch size 1, backward, flatten, dot, with all that we save: logits of the answer alone.
 
     It is also the truth that the others are compared with.
     """
@@ -60,6 +79,7 @@ def works(subject: Subject, known: Tensor) -> dict[str, Work]:
         "one_sided": lambda: OURS["one_sided"].derivatives(losses, u, Quiet()).derivatives[:, 0],
         "jvp": lambda: OURS["jvp"].derivatives(losses, u, Quiet()).derivatives[:, 0],
         "per_sample_backward": lambda: per_sample(subject),
+        "released_way": lambda: released_way(subject),
     }
 
 

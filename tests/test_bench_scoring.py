@@ -31,6 +31,8 @@ KEYS = {
     "ratio_backward_4_directions",
     "ratio_central_4_directions",
     "speedup_vs_per_sample_backward",
+    "speedup_vs_released_way",
+    "speedup_one_sided_vs_released_way",
     "speedup_one_sided",
     "spearman",
     "rel_error",
@@ -72,6 +74,11 @@ def test_every_scorer_agrees_with_one_backward_per_sample(record: dict[str, Any]
         assert row["spearman"] > 0.99, name
         assert row["rel_error"] < (1e-4 if name in ("jvp", "backward") else 0.05), name
     assert record["difference_4_directions"] < 0.05
+
+
+def test_the_released_way_computes_the_same_numbers(record: dict[str, Any]) -> None:
+    assert record["released_way_rel_error"] < 1e-3
+    assert record["seconds"]["released_way"]["median_s"] > 0
 
 
 def test_a_target_is_met_on_its_own_side_only() -> None:
