@@ -110,7 +110,7 @@ def _add_experiment(commands: Any) -> None:
     experiment = commands.add_parser("experiment", help="compare methods at equal compute under a fixed protocol")
     experiment.add_argument("protocol", help="YAML file of tasks, seeds, arms, budgets and tests")
     experiment.add_argument("--processes", type=int, default=1, metavar="N", help="side by side (default: 1)")
-    experiment.add_argument("--only", default="", metavar="ARM,...", help="run only these arms")
+    experiment.add_argument("--only", default="", metavar="NAME,...", help="run only these arms, tasks and seeds")
     experiment.add_argument("--list", action="store_true", help="only print the state of every cell")
     experiment.add_argument("--tables", action="store_true", help="run nothing, write the tables of what there is")
     experiment.add_argument(

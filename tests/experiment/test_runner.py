@@ -193,8 +193,17 @@ def test_slots_follow_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(Plan, "tuned", lambda self, *names: asked.append(names))
     assert Plan(elsewhere).cell(Slot("x", "two", 0, None)) is None and asked == [("y", "two")]
-    with pytest.raises(ConfigError, match=r"--only three: no such arm \(expected some of: one, two\)"):
-        slots(protocol, ["three"])
+    assert slots(protocol, ["2", "y", "two"]) == [
+        *(Slot("y", "two", 1000, trial) for trial in (0, 1)),
+        Slot("y", "two", 2, None),
+    ]
+    assert slots(elsewhere, ["x", "1"]) == [  # what it is tuned on is run, too
+        Slot("x", "two", 1, None),
+        *(Slot("y", "two", 1000, trial) for trial in (0, 1)),
+    ]
+    expected = r"--only three: no such arm, task or seed \(expected some of: one, two, x, y, 0, 1, 2\)"
+    with pytest.raises(ConfigError, match=expected):
+        slots(protocol, ["one", "three"])
 
 
 ARMS = {name: {"method": "random_k", "set": [f"solve.n_selected={k}"]} for k, name in enumerate("abcde", 2)}

@@ -59,33 +59,37 @@ def slots(protocol: Protocol, only: Sequence[str] = ()) -> list[Slot]:
 
     Args:
         protocol: the protocol.
-        only: names of arms; empty for all.
+        only: names of arms, names of tasks and seeds; a kind of which there is none is not restricted. Tuning that
+            what is left depends on stays.
 
     Returns:
         The slots in order of work.
 
     Raises:
-        ConfigError: a name in ``only`` is no arm.
+        ConfigError: something in ``only`` is no arm, no task and no seed.
     """
-    unknown = sorted(set(only) - set(protocol.arms))
+    arms = [arm for arm in protocol.arms if arm in only] or list(protocol.arms)
+    tasks = [task for task in protocol.tasks if task in only] or list(protocol.tasks)
+    seeds = [seed for seed in protocol.seeds if str(seed) in only] or list(protocol.seeds)
+    unknown = [name for name in only if name not in {*arms, *tasks, *(str(seed) for seed in seeds)}]
     if unknown:
-        raise ConfigError(f"--only {unknown[0]}: no such arm (expected some of: {', '.join(protocol.arms)})")
-    arms = [arm for arm in protocol.arms if not only or arm in only]
+        names = ", ".join([*protocol.arms, *protocol.tasks, *(str(seed) for seed in protocol.seeds)])
+        raise ConfigError(f"--only {unknown[0]}: no such arm, task or seed (expected some of: {names})")
+    tuned_for = {protocol.tasks[task].tuned_on or task for task in tasks}
     out: list[Slot] = []
     for task in protocol.tasks:
         here = [arm for arm in arms if task in protocol.tasks_of(arm)]
         grids = {arm: len(protocol.arms[arm].trials) for arm in here}
         tuned = [arm for arm in here if grids[arm] > 1]
-        tuned_here = tuned if protocol.tasks[task].tuned_on is None else []
         out += [
             Slot(task, arm, seed, trial)
             for seed in protocol.tuning.seeds
-            for arm in tuned_here
+            for arm in (tuned if task in tuned_for else [])
             for trial in range(grids[arm])
         ]
         out += [
             Slot(task, arm, seed, None if arm in tuned else 0)
-            for seed in protocol.seeds
+            for seed in (seeds if task in tasks else [])
             for arm in here
             if seed in protocol.seeds_of(arm, task)
         ]
@@ -98,7 +102,7 @@ class Plan:
 
     Attributes:
         protocol: the protocol.
-        only: names of arms; empty for all.
+        only: names of arms, names of tasks and seeds (see :func:`slots`); empty for all.
     """
 
     protocol: Protocol

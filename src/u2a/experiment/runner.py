@@ -133,7 +133,7 @@ class Options:
 
     Attributes:
         processes: that work side by side.
-        only: names of arms; empty for all.
+        only: names of arms, names of tasks and seeds; empty for all.
         retry_failed: run cells again that did not come through.
         new_protocol: go on although another protocol stands in the folder.
         quiet: print nothing but errors.
@@ -202,7 +202,7 @@ def list_cells(path: str | Path, only: Sequence[str] = ()) -> list[str]:
 
     Args:
         path: the protocol's YAML file.
-        only: names of arms; empty for all.
+        only: names of arms, names of tasks and seeds; empty for all.
 
     Returns:
         Lines, the last one with the totals.
