@@ -115,11 +115,31 @@ def test_no_generated_answer_is_kept_but_what_was_measured_on_it_is(made: Path) 
     assert all(state.answers == {} for state in states) and any(state.words for state in states)
 
 
-def test_a_damaged_file_is_one_clear_error(made: Path, tmp_path: Path) -> None:
+def test_lists_of_items_stand_in_the_file_once(made: Path) -> None:
+    document = json.loads((made / "tables" / CELLS).read_text())["data"]
+    items = document["items"]
+    assert items and len({tuple(names) for names in items}) == len(items)
+    levels = [level["measured"] for cell in document["cells"].values() for level in cell["levels"]]
+    assert levels and all(set(level["margin"]) == {"items", "values"} for level in levels)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (None, "{", "unreadable"),
+        ('"values": "', '"values": "nan ', "not a valid KeptCells"),
+        ('"items": 0', '"items": 1000', "do not fit items 1000"),
+        ('"items": [', '"items": ["x",', "valid list"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_error(made: Path, tmp_path: Path, old: str | None, new: str, said: str) -> None:
     path = elsewhere(made, tmp_path)
-    (tmp_path / "tables" / CELLS).write_text("{")
-    with pytest.raises(RecordError, match="cells.json: unreadable"):
-        restore(Plan(load_protocol(path)), tmp_path / "tables" / CELLS)
+    file = tmp_path / "tables" / CELLS
+    text = file.read_text()
+    assert old is None or old in text
+    file.write_text(new if old is None else text.replace(old, new, 1))
+    with pytest.raises(RecordError, match=f"cells.json: .*{said}"):
+        restore(Plan(load_protocol(path)), file)
     assert main(["experiment", str(path), "--tables", "--out", str(tmp_path / "tables")]) == 2
 
 

@@ -6,8 +6,12 @@ Generated answers are left out: what was measured on them is kept, and some of t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
+
+from pydantic import SerializerFunctionWrapHandler, TypeAdapter, model_serializer, model_validator
 
 from u2a.experiment.cell import CellResult, LevelResult
+from u2a.experiment.columns import packed, unpacked
 from u2a.experiment.frozen import FrozenProtocol, file_of, frozen
 from u2a.experiment.measured import Measured
 from u2a.experiment.plan import Plan
@@ -18,7 +22,7 @@ CELLS = "cells.json"
 
 
 class KeptCells(Record):
-    """All that a table needs.
+    """All that a table needs; in its file, numbers by item are columns (:mod:`u2a.experiment.columns`).
 
     Attributes:
         protocol: under which the cells were run, with those that stood there before.
@@ -29,6 +33,21 @@ class KeptCells(Record):
     protocol: FrozenProtocol
     cells: dict[str, CellResult]
     starts: dict[str, Start]
+
+    @model_serializer(mode="wrap")
+    def _as_columns(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        items: list[list[str]] = []
+        document = packed(write(self), items)
+        return {"items": items, **document}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_columns(cls, document: Any) -> Any:
+        if not isinstance(document, dict):
+            return document
+        given = cast(dict[str, Any], document)
+        items = TypeAdapter(list[list[str]]).validate_python(given.get("items", []))
+        return unpacked({name: value for name, value in given.items() if name != "items"}, items)
 
 
 def keep(plan: Plan, file: Path) -> Path:
