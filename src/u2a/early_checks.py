@@ -1,34 +1,56 @@
-"""What would end a run in a late stage and can be told before any model is loaded: reward models and embedder."""
+"""What would end a run in a late stage and can be told before any model is loaded: reward models, embedder, judge."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from transformers import AutoConfig
 
 from u2a.config import RunConfig
 from u2a.data import prompt_key
 from u2a.errors import DataError, ModelError
+from u2a.evaluation.chat_endpoint import endpoint_key
 from u2a.packaged import check_installed
 from u2a.record import one_line
 from u2a.reward.analysis import split_reward_pairs
 from u2a.reward.head import check_prompts
 from u2a.types import Partition
 
+VERDICTS = "verdicts.jsonl"  # below cache/: what the judge replied
 HEADS = ("embedding", "language_model")  # a head is fitted on the run's own reward pairs
 
 
 def check_early(config: RunConfig, sets: Partition) -> None:
-    """Check names of models, and the pairs that reward heads are fitted on.
+    """Check names of models, the pairs that reward heads are fitted on, and the judge's key.
 
     Args:
         config: options.
         sets: the partition.
 
     Raises:
+        ConfigError: the judge's key is missing.
         DataError: too few prompts for a head.
         ModelError: a name behind which there is no model.
     """
     check_named_models(config)
     check_reward_pairs(config, sets)
+    check_judge_key(config)
+
+
+def check_judge_key(config: RunConfig) -> None:
+    """Refuse a judge whose key is missing, which a run would meet in stage 5.
+
+    A run whose judge has replied before is let through: its verdicts are kept, and may be all that it needs.
+
+    Args:
+        config: options.
+
+    Raises:
+        ConfigError: no usable key where one is needed.
+    """
+    judge, asked = config.evaluation.judge, Path(config.output_dir) / "cache" / VERDICTS
+    if config.evaluation.prompt_sets and judge.rubric != "refusal" and not asked.exists():
+        endpoint_key(judge.key_variable)
 
 
 def check_reward_pairs(config: RunConfig, sets: Partition) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from u2a.config import RewardSection
 from u2a.config_evaluation import JudgeSection, RobustnessSection
 from u2a.data import example_id, prompt_key, read_examples
-from u2a.early_checks import check_early
+from u2a.early_checks import VERDICTS, check_early
 from u2a.errors import ConfigError
 from u2a.evaluation.answer_cache import AnswerCache
 from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, item_groups, prompts_answered
@@ -352,7 +352,7 @@ def make_judge(section: JudgeSection, cache: Path) -> Judge:
 
 def _asker(section: JudgeSection, cache: Path) -> Asker:
     endpoint = HttpEndpoint(url=str(section.url), model=section.model, key_env=section.key_variable)
-    return Asker(endpoint, JsonlCache(cache / "verdicts.jsonl"))
+    return Asker(endpoint, JsonlCache(cache / VERDICTS))
 
 
 def _kept(cache: JsonlCache, key: str, name: str, measure: Callable[[], Found]) -> Found:

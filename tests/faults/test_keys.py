@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from u2a.cli import main
-from u2a.errors import U2AError
+from u2a.config import RunConfig
+from u2a.early_checks import VERDICTS, check_judge_key
+from u2a.errors import ConfigError, U2AError
 from u2a.evaluation.arm import ArmResult
 from u2a.evaluation.chat_endpoint import HttpEndpoint
 from u2a.types import Message
@@ -144,3 +146,37 @@ def test_a_key_among_the_options_is_refused_and_not_repeated(
     assert message.startswith("u2a partition: evaluation.judge: ") and message.count("\n") == 1
     assert KEY not in message
     assert set(tmp_path.rglob("*")) - before == {path}
+
+
+def test_a_missing_key_is_told_before_a_model_is_loaded(
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("U2A_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TOY_KEY", raising=False)
+    monkeypatch.setattr("u2a.pipeline.load_model", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "How?"}\n', encoding="utf-8")
+    judge = {"rubric": "answered", "url": "http://host/v1", "model": "toy", "key_variable": "TOY_KEY"}
+    options = {"judge": judge, "prompt_sets": [{"name": "asked", "path": "asked.jsonl"}]}
+    assert main(["run", str(tiny_config(evaluation=options))]) == 2
+    assert "judge: the environment variable TOY_KEY is empty (put the key there)" in capsys.readouterr().err
+
+
+def test_the_key_is_asked_for_only_where_the_judge_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOY_KEY", raising=False)
+    judge = {"rubric": "answered", "url": "http://host/v1", "model": "toy", "key_variable": "TOY_KEY"}
+    sets = [{"name": "asked", "path": "asked.jsonl"}]
+
+    def config(**evaluation: Any) -> RunConfig:
+        return RunConfig.model_validate({"output_dir": str(tmp_path / "run"), "evaluation": evaluation})
+
+    with pytest.raises(ConfigError, match="TOY_KEY is empty"):
+        check_judge_key(config(judge=judge, prompt_sets=sets))
+    check_judge_key(config(judge=judge))
+    check_judge_key(config(judge=judge | {"key_variable": None}, prompt_sets=sets))
+    check_judge_key(config(judge=judge | {"rubric": "refusal"}, prompt_sets=sets))
+    (tmp_path / "run" / "cache").mkdir(parents=True)
+    (tmp_path / "run" / "cache" / VERDICTS).touch()
+    check_judge_key(config(judge=judge, prompt_sets=sets))  # it has replied before

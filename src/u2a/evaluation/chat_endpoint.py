@@ -42,6 +42,28 @@ class EndpointError(U2AError):
         super().__init__(reason)
 
 
+def endpoint_key(variable: str | None) -> str | None:
+    """Read the key of an endpoint.
+
+    Args:
+        variable: name of the environment variable that holds it; None for a server without keys.
+
+    Returns:
+        The key, or None.
+
+    Raises:
+        ConfigError: the variable holds none; the key itself is not repeated.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(f"judge: the environment variable {variable} is empty (put the key there)")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"judge: the environment variable {variable} holds no usable key")
+    return key
+
+
 class ChatEndpoint(Protocol):
     """Anything that replies to messages. It may be called from several threads at once."""
 
@@ -176,22 +198,12 @@ class HttpEndpoint:
         raise EndpointError(f"endpoint: {failure} ({self.attempts} attempts)")
 
     def _authorization(self) -> dict[str, str]:
-        key = self._key()
+        key = endpoint_key(self.key_env)
         return {} if key is None else {"Authorization": f"Bearer {key}"}
-
-    def _key(self) -> str | None:
-        if self.key_env is None:
-            return None
-        key = os.environ.get(self.key_env, "").strip()
-        if not key:
-            raise ConfigError(f"judge: the environment variable {self.key_env} is empty (put the key there)")
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"judge: the environment variable {self.key_env} holds no usable key")
-        return key
 
     def _without_key(self, reply: str) -> str:
         """A reply is kept on disk: one that repeats the key loses it."""
-        key = self._key()
+        key = endpoint_key(self.key_env)
         return reply if key is None else reply.replace(key, "[key]")
 
     def _once(self, request: urllib.request.Request) -> tuple[bytes | None, str, float | None]:
