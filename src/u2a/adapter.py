@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -86,10 +88,11 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterConfig | LoraConfig, see
         except ValueError as error:
             raise ModelError(f"model.adapter: {str(error).strip()}") from None
     for name, value in adapted.named_parameters():
-        if value.requires_grad and not any(part in name for part in LORA_PARTS):
+        matrix = any(part in name for part in LORA_PARTS) and not name.endswith(".bias")  # lora_bias adds one to B
+        if value.requires_grad and not matrix:
             raise ModelError(
                 f"model.adapter: {name} would be trained beside the LoRA matrices and survive in the reference "
-                "(leave out modules_to_save, bias, use_dora and trainable tokens, or use full fine-tuning)"
+                "(leave out modules_to_save, bias, lora_bias, use_dora and trainable tokens, or use full fine-tuning)"
             )
     return adapted
 
@@ -108,22 +111,53 @@ def remove_chance(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def lora_factors(module: LoraLayer) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors A and B of a LoRA layer on a linear module or an embedding: the change is scaling * B A.
+@dataclass(frozen=True)
+class LoraFactors:
+    """The factors of one LoRA layer, whose change is scaling * B_e A_e for each expert e (one, but for fused experts).
+
+    Attributes:
+        down: (experts * r, in) A; the experts stand one below the other.
+        up: (out, r * experts) B; the experts alternate from column to column.
+        scaling: s.
+        experts: how many.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+    experts: int
+
+    def split_down(self, value: Tensor) -> Tensor:
+        """A, or whatever has its shape, as (experts, r, in)."""
+        return value.reshape(self.experts, -1, value.shape[-1])
+
+    def split_up(self, value: Tensor) -> Tensor:
+        """B, or whatever has its shape, as (experts, out, r)."""
+        return value.reshape(value.shape[0], -1, self.experts).permute(2, 0, 1)
+
+    def joined_up(self, value: Tensor) -> Tensor:
+        """Undo :meth:`split_up`."""
+        return value.permute(1, 2, 0).reshape(self.up.shape)
+
+
+def lora_factors(module: LoraLayer) -> list[LoraFactors]:
+    """The factors of a LoRA layer on a linear module, an embedding or the fused weights of experts.
 
     Args:
         module: the layer.
 
     Returns:
-        (r, in) and (out, r) by adapter; of an embedding the change is transposed.
+        One pair per adapter; of an embedding the change is transposed.
     """
     linear = {name: (cast(Tensor, part.weight), module.lora_B[name].weight) for name, part in module.lora_A.items()}
     embedding = {name: (part, module.lora_embedding_B[name]) for name, part in module.lora_embedding_A.items()}
-    return cast(dict[str, tuple[Tensor, Tensor]], linear | embedding)
+    factors = cast(dict[str, tuple[Tensor, Tensor]], linear | embedding)
+    experts = module.num_experts if isinstance(module, ParamWrapper) else 1
+    return [LoraFactors(down, up, float(module.scaling[name]), experts) for name, (down, up) in factors.items()]
 
 
 def lora_change_sq(model: nn.Module) -> Tensor:
-    """Sum over adapted modules of ||scaling * B A||_F^2.
+    """Sum over adapted modules, and their experts, of ||scaling * B A||_F^2.
 
     Args:
         model: a PEFT model.
@@ -137,9 +171,9 @@ def lora_change_sq(model: nn.Module) -> Tensor:
     terms = []
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for name, (down, up) in lora_factors(module).items():
-                down, up = down.float(), up.float()
-                terms.append(module.scaling[name] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
+            for each in lora_factors(module):
+                down, up = each.split_down(each.down.float()), each.split_up(each.up.float())
+                terms.append(each.scaling**2 * ((up.mT @ up) * (down @ down.mT)).sum())
     if not terms:
         raise ModelError("model.adapter: it has no LoRA layer (see model.adapter.target_modules)")
     return torch.stack(terms).sum()

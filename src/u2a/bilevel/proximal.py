@@ -1,42 +1,29 @@
 """Curvature of the proximal term ||change of the effective weights||^2, in closed form.
 
-With LoRA the term is ||s B A||^2 per adapted module: its residual s B A is linear in A and in B, and the only part
+With LoRA the term is ||s B A||^2 per adapted module (and expert): its residual s B A is linear in A and in B, and the only part
 of its Hessian that is not positive semi-definite couples A with B.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from u2a.adapter import lora_factors
+from u2a.adapter import LoraFactors, lora_factors
 from u2a.bilevel.vectors import scaled
 from u2a.modeling import Params, Policy
 
 
-@dataclass(frozen=True)
-class _Module:
-    """One adapted module: its change is scaling * up @ down."""
-
-    down_name: str
-    up_name: str
-    down: Tensor
-    up: Tensor
-    scaling: float
-
-
-def _modules(policy: Policy) -> list[_Module]:
+def _modules(policy: Policy) -> Iterator[tuple[str, str, LoraFactors]]:
+    """Names of A and B, and the factors, of every adapted module."""
     names = {id(value): name for name, value in policy.trainable().items()}
-    found = []
     for module in policy.model.modules():
         if isinstance(module, LoraLayer):
-            for adapter, (down, up) in lora_factors(module).items():
-                scaling = float(module.scaling[adapter])
-                found.append(_Module(names[id(down)], names[id(up)], _wide(down), _wide(up), scaling))
-    return found
+            for each in lora_factors(module):
+                yield names[id(each.down)], names[id(each.up)], each
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -59,11 +46,12 @@ def proximal_product(policy: Policy, vector: Params) -> Params:
     if not policy.has_adapter:
         return scaled(vector, 2.0)
     out: Params = {}
-    for module in _modules(policy):
-        down, up, factor = module.down, module.up, 2.0 * module.scaling**2
-        v_down, v_up = vector[module.down_name].to(down), vector[module.up_name].to(up)
-        out[module.down_name] = factor * ((up.T @ v_up) @ down + (up.T @ up) @ v_down)
-        out[module.up_name] = factor * (v_up @ (down @ down.T) + up @ (v_down @ down.T))
+    for down_name, up_name, each in _modules(policy):
+        factor = 2.0 * each.scaling**2
+        down, up = each.split_down(_wide(each.down)), each.split_up(_wide(each.up))
+        v_down, v_up = each.split_down(vector[down_name].to(down)), each.split_up(vector[up_name].to(up))
+        out[down_name] = (factor * ((up.mT @ v_up) @ down + (up.mT @ up) @ v_down)).reshape(each.down.shape)
+        out[up_name] = each.joined_up(factor * (v_up @ (down @ down.mT) + up @ (v_down @ down.mT)))
     return {name: out[name] for name in vector}
 
 
@@ -81,8 +69,9 @@ def proximal_diagonal(policy: Policy) -> Params:
     if not policy.has_adapter:
         return {name: torch.full_like(value, 2.0, requires_grad=False) for name, value in policy.trainable().items()}
     out: Params = {}
-    for module in _modules(policy):
-        factor = 2.0 * module.scaling**2
-        out[module.down_name] = factor * module.up.square().sum(0)[:, None].expand_as(module.down)
-        out[module.up_name] = factor * module.down.square().sum(1)[None, :].expand_as(module.up)
+    for down_name, up_name, each in _modules(policy):
+        factor = 2.0 * each.scaling**2
+        down, up = each.split_down(_wide(each.down)), each.split_up(_wide(each.up))
+        out[down_name] = (factor * up.square().sum(1)[:, :, None].expand_as(down)).reshape(each.down.shape)
+        out[up_name] = each.joined_up(factor * down.square().sum(2)[:, None, :].expand_as(up))
     return {name: out[name] for name in policy.trainable()}
