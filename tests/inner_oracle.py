@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from u2a.encoding import Encoded
 from u2a.modeling import Params, Policy
-from u2a.trainer import UnlearnConfig
+from u2a.trainer_config import UnlearnConfig
 from u2a.types import Example
 
 

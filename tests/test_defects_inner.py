@@ -22,7 +22,8 @@ from u2a.errors import DataError, ModelError
 from u2a.losses import NPO, kl_from_reference, make_loss
 from u2a.modeling import Policy, answer_log_probs
 from u2a.stream import stream_index
-from u2a.trainer import UnlearnConfig, UnlearnTrainer
+from u2a.trainer import UnlearnTrainer
+from u2a.trainer_config import UnlearnConfig
 from u2a.types import Example
 from u2a.unlearn import InnerProblem, unlearn
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from tiny import tiny_model, tiny_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from tiny import tiny_model, tiny_tokenizer
 from u2a.bilevel.proximal import proximal_diagonal, proximal_product
 from u2a.config import AdapterConfig
 from u2a.errors import ModelError

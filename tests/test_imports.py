@@ -63,6 +63,7 @@ LAYERS = (
     {"callbacks"},
     {"inner_loss"},
     {"trainer_checkpoint"},
+    {"trainer_config"},
     {"trainer"},
     {"unlearn"},
     {"bilevel"},

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import u2a.parts
@@ -32,6 +33,7 @@ from u2a.unlearn import InnerProblem, InnerSolver, unlearn
 
 ROWS, RETAIN = examples(5), examples(4, start=50)
 STEPS = 4
+PER_EPOCH = 3  # steps, with two rows each
 
 
 class Cut(Exception):
@@ -62,7 +64,7 @@ class DrawsAndCuts(TrainerCallback):
 
 def trainer(folder: Path, cut: int | None = None, **settings: Any) -> UnlearnTrainer:
     """A fresh trainer on a fresh policy."""
-    policy = tiny_policy(adapter=settings.pop("adapter", True), lora_b_sd=0.0)
+    policy = tiny_policy(settings.pop("model_seed", 0), adapter=settings.pop("adapter", True), lora_b_sd=0.0)
     if settings.pop("chance", False):
         policy = with_chance(policy)
     defaults: dict[str, Any] = {
@@ -176,7 +178,20 @@ def test_a_longer_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     assert sorted(draws(longer)) == [STEPS, STEPS + 1]
 
 
-@pytest.mark.parametrize("change", [{"seed": 3}, {"per_device_train_batch_size": 3}, {"retain_batch_size": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 3},
+        {"data_seed": 3},
+        {"per_device_train_batch_size": 3},
+        {"retain_batch_size": 2},
+        {"loss": "ga"},
+        {"npo_beta": 0.2},
+        {"retain_term": "kl"},
+        {"retain_weight": 2.0},
+        {"model_seed": 1},
+    ],
+)
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     trainer(tmp_path).train()
     with pytest.raises(RecordError, match="checkpoint of another run"):
@@ -229,6 +244,78 @@ def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
     best = run.state.best_model_checkpoint
     assert best is not None
     assert tensors_id(run.policy.snapshot()) == seen[int(Path(best).name.split("-")[1])]
+
+
+@pytest.mark.parametrize("budget", [100.0, 0.02])
+def test_the_guard_tells_of_the_best_checkpoint_that_was_loaded(tmp_path: Path, budget: float) -> None:
+    """Its result is measured on the policy that is left, also where the last step broke the budget."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 2e-2}
+    run = trainer(
+        tmp_path, **settings, metric_for_best_model="loss", greater_is_better=True, guard=True, guard_steps=1,
+        ppl_budget_frac=budget,
+    )  # fmt: skip
+
+    class First(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+            metrics["eval_loss"] = -state.global_step
+
+    run.add_callback(First())
+    run.train()
+    assert run.state.best_global_step == 1 and run.guard is not None and run.guard_result is not None
+    result, left = run.guard_result, run.policy.perplexity(run.guard.rows)
+    assert result.ppl_end == pytest.approx(left, rel=1e-6) and left <= result.ppl_budget
+    assert result.steps_kept <= 1
+
+
+def test_a_shorter_run_in_the_same_folder_keeps_its_own_checkpoints(tmp_path: Path) -> None:
+    trainer(tmp_path, save_total_limit=1).train()
+    second = trainer(tmp_path, save_total_limit=1, max_steps=2, learning_rate=1e-2)
+    second.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert tensors_id(load_file(tmp_path / "checkpoint-2" / "parameters.safetensors")) == tensors_id(
+        second.policy.snapshot()
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), [(5.0, 0.02), (0.02, 5.0)])
+def test_a_run_that_goes_on_under_another_budget_keeps_to_that(tmp_path: Path, first: float, second: float) -> None:
+    settings = {"guard": True, "guard_steps": 1, "learning_rate": 2e-2, "lr_scheduler_type": "constant"}
+    before = trainer(tmp_path, **settings, ppl_budget_frac=first, max_steps=2)
+    before.train()
+    after = trainer(tmp_path, **settings, ppl_budget_frac=second)
+    after.train(resume_from_checkpoint=True)
+    assert after.guard is not None and after.guard_result is not None
+    assert after.policy.perplexity(after.guard.rows) <= after.guard_result.ppl_budget
+    assert after.guard_result.breached == (second < first)
+    assert after.state.global_step == (2 if second < first else STEPS)
+    with pytest.raises(RecordError, match="saved with the collapse guard"):
+        trainer(tmp_path, **settings | {"guard": False}).train(resume_from_checkpoint=True)
+
+
+def test_a_stop_in_the_last_step_of_an_epoch_leaves_out_nothing(tmp_path: Path, no_request: None) -> None:
+    by_epoch = {
+        "eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch", "load_best_model_at_end": True,
+        "max_steps": 2 * PER_EPOCH, "greater_is_better": True, "metric_for_best_model": "loss",
+    }  # fmt: skip
+    whole = trainer(tmp_path / "whole", **by_epoch)
+    whole.train()
+    cut = trainer(tmp_path / "cut", **by_epoch)
+
+    class AsksAtTheEnd(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == PER_EPOCH - 1:
+                stopping.requested = 15
+
+    cut.add_callback(AsksAtTheEnd())
+    with pytest.raises(Stopped):
+        cut.train()
+    stopping.requested = None
+    rest = trainer(tmp_path / "cut", **by_epoch)
+    rest.train(resume_from_checkpoint=True)
+    told = [[(e["step"], e.get("loss"), e.get("eval_loss")) for e in run.state.log_history] for run in (rest, whole)]
+    assert told[0][:-1] == told[1][:-1]  # the last one tells the time that was taken
+    assert rest.state.best_global_step == whole.state.best_global_step
+    assert tensors_id(rest.policy.snapshot()) == tensors_id(whole.policy.snapshot())
 
 
 # --- by time, and on request ------------------------------------------------------------------------

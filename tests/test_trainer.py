@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,8 @@ from u2a.encoding import Encoded, collate
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
 from u2a.losses import kl_from_reference
 from u2a.modeling import Policy, answer_log_probs
-from u2a.trainer import UnlearnConfig, UnlearnTrainer, as_examples
+from u2a.trainer import UnlearnTrainer, as_examples
+from u2a.trainer_config import UnlearnConfig
 from u2a.types import Example
 
 LOSSES = ["ga", "grad_diff", "npo", "sft"]
@@ -189,12 +191,45 @@ def test_retain_gradient_equals_the_dense_one(tmp_path: Path, term: str, adapter
     assert relative((with_term - without) / 50.0, expected) < 2e-4
 
 
-def test_mixed_precision_reaches_the_guard_and_the_scorers(tmp_path: Path) -> None:
+class InSixteenBits(TrainerCallback):
+    """Notes whether the policy's passes round to 16 bits while it is trained."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.seen = policy, []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seen.append(rounds_to_16_bits(self.policy))
+
+
+def test_mixed_precision_holds_for_the_training_alone(tmp_path: Path) -> None:
     policy = tiny_policy(lora_b_sd=0.05)
-    assert not rounds_to_16_bits(policy)
-    trainer = trained(tmp_path, weighted(), policy, RETAIN, bf16=True, max_steps=2, guard_steps=1)
-    assert trainer.guard is not None and len(trainer.guard.measured) >= 2
-    assert rounds_to_16_bits(policy)  # accelerate has put autocast into the model's forward: no finite differences
+    rows = encode_all(policy, weighted())
+    before = policy.answer_sums(rows)
+    trainer = UnlearnTrainer(policy, None, quiet(tmp_path, bf16=True, learning_rate=0.0), weighted(), RETAIN)
+    watch = InSixteenBits(policy)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.seen == [True, True, True]  # accelerate has put autocast into the model's forward
+    assert not rounds_to_16_bits(policy)  # and whoever scores or measures afterwards finds the model as it was
+    assert torch.equal(policy.answer_sums(rows), before)
+
+
+@pytest.mark.parametrize("name", ["npo", "ga"])
+def test_references_are_of_the_precision_that_is_trained(tmp_path: Path, name: str) -> None:
+    """At theta_0 every NPO loss is (2 / beta) log 2, and a change of nothing breaches no budget."""
+    rows = [row.model_copy(update={"completion": "some long answer " * 20 + row.completion}) for row in examples(4)]
+    policy = tiny_policy()
+    policy.reference_sums(encode_all(policy, rows))  # in float32: not these
+    args = quiet(tmp_path, loss=name, bf16=True, learning_rate=0.0, ppl_budget_frac=0.0, guard_steps=1)
+    trainer = UnlearnTrainer(policy, None, args, rows, rows)
+    trainer.train()
+    logs = [entry["forget_loss"] for entry in trainer.state.log_history if "forget_loss" in entry]
+    if name == "npo":
+        assert logs == pytest.approx([20.0 * math.log(2.0)] * 3, rel=1e-3)  # float32 references: 4 to 7 % off
+    assert trainer.guard_result is not None and not trainer.guard_result.breached
+    assert trainer.guard_result.ppl_end == pytest.approx(trainer.guard_result.ppl_start, rel=1e-6)
+    exact = policy.reference_sums(encode_all(policy, rows))
+    assert torch.equal(exact, policy.answer_sums(encode_all(policy, rows)))  # float32 still has its own
 
 
 def test_retain_terms_at_the_start(tmp_path: Path) -> None:
@@ -615,3 +650,90 @@ def test_a_warm_up_is_not_left_out_by_the_constant_schedule(tmp_path: Path) -> N
     trainer.add_callback(Tape())
     trainer.train()
     assert rates == pytest.approx([0.0, 5e-4, 1e-3, 1e-3])
+
+
+# --- what is told and refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_evaluation_is_the_mean_loss_of_its_rows_whatever_the_batch(tmp_path: Path, batch: int) -> None:
+    policy = tiny_policy(lora_b_sd=0.05)
+    args = quiet(tmp_path, loss="ga", retain_term="nll", retain_batch_size=1, per_device_eval_batch_size=batch)
+    trainer = UnlearnTrainer(policy, None, args, weighted(), RETAIN, examples(6))
+    items = encode_all(policy, examples(6))
+    expected = dense_losses(policy.model, items, "ga", [0.0] * 6, 0.1).mean()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_parts_of_the_loss_add_up_to_what_is_logged(tmp_path: Path, every: int) -> None:
+    settings = {"loss": "ga", "retain_term": "nll", "gradient_accumulation_steps": 4, "learning_rate": 1e-2}
+    policy = tiny_policy()
+    args = quiet(
+        tmp_path, **settings, per_device_train_batch_size=2, max_steps=6, logging_steps=every, retain_weight=0.5,
+        eval_strategy="steps", eval_steps=1, guard=False,
+    )  # fmt: skip
+    trainer = UnlearnTrainer(policy, None, args, weighted(), RETAIN, examples(3, start=20))
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 6 // every
+    for entry in logs:
+        assert entry["forget_loss"] + 0.5 * entry["retain_loss"] == pytest.approx(entry["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "said"),
+    [
+        ({"retain_term": "nll"}, {}, "retain_term 'nll' needs a retain_dataset"),
+        ({"loss": "grad_diff", "retain_term": "nll", "retain_batch_size": 0}, {}, "retain_batch_size must be >= 1"),
+        ({"guard_rows": -1}, {}, "guard_rows >= 0"),
+        ({"train_sampling_strategy": "sequential"}, {}, "rows come in random order only"),
+        ({"save_only_model": True}, {}, "a checkpoint holds the whole state"),
+        ({"full_finetuning": True}, {"peft_config": LoraConfig(r=2)}, "full_finetuning conflicts with peft_config"),
+        ({}, {"ref_model": "name"}, "ref_model: expected a loaded model, got str"),
+    ],
+)
+def test_a_refused_call_leaves_the_model_as_it_was(tmp_path: Path, settings: dict, options: dict, said: str) -> None:
+    model = tiny_model()
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ConfigError, match=said):
+        UnlearnTrainer(
+            model, args=quiet(tmp_path, **settings), train_dataset=weighted(), processing_class=tokenizer, **options
+        )
+    UnlearnTrainer(model, args=quiet(tmp_path), train_dataset=weighted(), processing_class=tokenizer)
+
+
+def test_what_a_policy_has_already_is_not_given_once_more(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a Policy has its adapter already"):
+        UnlearnTrainer(tiny_policy(), None, quiet(tmp_path), weighted(), peft_config=LoraConfig(r=64))
+    with pytest.raises(ConfigError, match="a Policy has its adapter already"):
+        UnlearnTrainer(tiny_policy(), None, quiet(tmp_path, full_finetuning=True), weighted())
+    policy = tiny_policy(adapter=False)
+    UnlearnTrainer(policy, None, quiet(tmp_path, full_finetuning=True), weighted())
+    with pytest.raises(ConfigError, match="ref_model is the model that is trained"):
+        UnlearnTrainer(policy, policy.model, quiet(tmp_path), weighted())
+
+
+def test_the_order_of_rows_follows_data_seed(tmp_path: Path) -> None:
+    def first(**settings: int) -> list[str]:
+        trainer = UnlearnTrainer(tiny_policy(), None, quiet(tmp_path, **settings), examples(16))
+        return [trainer._ids[sample.index] for _, sample in (trainer.train_dataset[k] for k in range(8))]
+
+    assert first() == first(data_seed=3) != first(data_seed=4)  # quiet's seed is 3
+    assert first(seed=5, data_seed=3) == first()
+
+
+def test_the_guard_watches_rows_of_every_kind(tmp_path: Path) -> None:
+    kinds = [row.model_copy(update={"completion": "x" * 40}) for row in examples(40)] + list(examples(40, start=40))
+
+    def watched(rows: list[Example], **settings: int) -> set[str]:
+        trainer = UnlearnTrainer(tiny_policy(), None, quiet(tmp_path, **settings), weighted(), rows)
+        assert trainer.guard is not None
+        return {row.key for row in trainer.guard.rows}
+
+    policy = tiny_policy()
+    first, second = ({item.key for item in encode_all(policy, part)} for part in (kinds[:40], kinds[40:]))
+    drawn = watched(kinds)
+    assert len(drawn) == 32 and len(drawn & first) >= 8 and len(drawn & second) >= 8
+    assert watched(kinds[::-1]) == drawn
+    assert watched(kinds, guard_rows=0) == first | second and len(watched(kinds, guard_rows=5)) == 5

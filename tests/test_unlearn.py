@@ -15,6 +15,7 @@ from inner_oracle import dense_losses, encode_all, flat, relative
 from tiny import examples, pairs, tiny_policy
 from u2a.config import GuardSection, UnlearnSection
 from u2a.errors import ConfigError, NonFiniteError
+from u2a.modeling import Params, Policy
 from u2a.types import Example, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver, unlearn, weighted_rows
 
@@ -249,3 +250,24 @@ def test_a_non_finite_loss_names_the_candidate() -> None:
         unlearn(policy, inner, inner.uniform(), arm="warm-up")
     assert torch.equal(flat(policy.snapshot()), flat(policy.theta0))
     assert relative(flat(policy.snapshot()), flat(policy.theta0)) == 0.0
+
+
+def test_checkpoints_of_another_model_are_not_taken(tmp_path: Path) -> None:
+    """The folder is that of the policy, too: of its weights, its adapter's start and its longest sequence."""
+    section = UnlearnSection(retain_term="none", max_steps=4, batch_size=4, save_steps=2, learning_rate=1e-2)
+    problem = InnerProblem(forget=examples(4), section=section)
+
+    def solved(policy: Policy, folder: Path | None) -> Params:
+        unlearn(policy, problem, problem.uniform(), output_dir=folder)
+        return policy.snapshot()
+
+    first = solved(tiny_policy(seed=0), tmp_path)
+    alone, shared = solved(tiny_policy(seed=1), None), solved(tiny_policy(seed=1), tmp_path)
+    assert all(torch.equal(shared[name], value) for name, value in alone.items())
+    assert any(not torch.equal(first[name], value) for name, value in alone.items())
+    again = solved(tiny_policy(seed=0), tmp_path)
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    short = tiny_policy(seed=0, max_length=40)
+    assert len({folder.name for folder in tmp_path.iterdir()}) == 2
+    solved(short, tmp_path)
+    assert len({folder.name for folder in tmp_path.iterdir()}) == 3

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from u2a.modeling import Policy
     from u2a.partition import partition
     from u2a.run import Result, align, run
-    from u2a.trainer import UnlearnConfig, UnlearnTrainer
+    from u2a.trainer import UnlearnTrainer
+    from u2a.trainer_config import UnlearnConfig
     from u2a.unlearn import InnerProblem, InnerSolver, unlearn
 
 __all__ = ["InnerProblem", "InnerSolver", "OuterProblem", "Policy", "Result", "RunConfig", "UnlearnConfig",
@@ -34,7 +35,8 @@ _NAMES = {
     "u2a.modeling": ["Policy"],
     "u2a.partition": ["partition"],
     "u2a.run": ["Result", "align", "run"],
-    "u2a.trainer": ["UnlearnConfig", "UnlearnTrainer"],
+    "u2a.trainer": ["UnlearnTrainer"],
+    "u2a.trainer_config": ["UnlearnConfig"],
     "u2a.unlearn": ["InnerProblem", "InnerSolver", "unlearn"],
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -237,10 +237,14 @@ def prune(folder: Path, keep: int, protected: Collection[Path] = ()) -> None:
     """Remove old checkpoints, after the newest one has been verified.
 
     Args:
-        folder: where the checkpoints are.
-        keep: newest ones that stay, >= 1.
-        protected: others that stay.
+        folder: where the checkpoints are; those of an earlier run may have higher numbers.
+        keep: checkpoints that stay, the latest written and the protected ones, >= 1.
+        protected: these stay in any case.
     """
-    for _, path in numbered(folder)[:-keep]:
-        if path not in protected:
+    found = sorted(numbered(folder), key=lambda each: (each[1].stat().st_mtime_ns, each[0]), reverse=True)
+    latest = [path for _, path in found]
+    kept = [path for path in latest if path in protected]
+    kept += [path for path in latest if path not in protected][: max(0, keep - len(kept))]
+    for path in reversed(latest):
+        if path not in kept:
             delete(path)

@@ -16,7 +16,8 @@ from u2a.errors import ConfigError
 from u2a.modeling import Policy
 from u2a.progress import Advance
 from u2a.record import content_id, writing
-from u2a.trainer import UnlearnConfig, UnlearnTrainer
+from u2a.trainer import UnlearnTrainer
+from u2a.trainer_config import UnlearnConfig
 from u2a.types import Example, Pair, Partition
 
 

@@ -90,14 +90,16 @@ class CollapseGuard(TrainerCallback):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; what was measured is judged by the budget of now.
 
         Args:
             state: what :meth:`state` gave.
         """
-        self.measured, self.breached = dict(state["measured"]), state["breached"]
-        kept = self.policy.theta0 if state["kept"] is None else state["kept"]
-        self._kept = (state["kept_step"], kept)
+        self.measured = dict(state["measured"])
+        self.breached = any(not ppl <= self.ppl_budget for ppl in self.measured.values())
+        step, kept = state["kept_step"], state["kept"]
+        over = self.measured.get(step, math.inf) > self.ppl_budget
+        self._kept = (0, self.policy.theta0) if kept is None or over else (step, kept)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from u2a.batch_size import BatchLimits, forward_batches
 from u2a.config import AdapterConfig
 from u2a.encoding import Batch, Encoded, Encoder, collate
 from u2a.errors import ModelError, NonFiniteError
+from u2a.record import content_id
 
 Params = dict[str, Tensor]
 
@@ -173,6 +175,12 @@ class Policy:
         """The initial trainable parameters (do not change them)."""
         return self._theta0
 
+    @cached_property
+    def identity(self) -> str:
+        """Content id of the function at theta_0 on tokens: a sample of all weights, theta_0, the longest sequence."""
+        weights = {name: value for name, value in self.model.state_dict().items() if name not in self._theta0}
+        return content_id(_fingerprint(weights), _fingerprint(self._theta0), str(self.encoder.max_length))
+
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
         """Give the model at theta_0, in evaluation mode, for the duration of a ``with`` block."""
@@ -244,23 +252,30 @@ class Policy:
         Raises:
             NonFiniteError: a reference log-probability is not finite.
         """
-        missing = list({item.key: item for item in encoded if item.key not in self._reference_sums}.values())
+        key = self._precise_key
+        missing = list({key(item): item for item in encoded if key(item) not in self._reference_sums}.values())
         if missing:
             with self.reference():
                 sums = self.answer_sums(missing)
             if not torch.isfinite(sums).all():
                 raise NonFiniteError("reference log-probability", "reference")
-            self._reference_sums |= {item.key: float(value) for item, value in zip(missing, sums, strict=True)}
-        return torch.tensor([self._reference_sums[item.key] for item in encoded])
+            self._reference_sums |= {key(item): float(value) for item, value in zip(missing, sums, strict=True)}
+        return torch.tensor([self._reference_sums[key(item)] for item in encoded])
+
+    def _precise_key(self, item: Encoded) -> str:
+        """The content of a sequence and the precision of a pass under autocast."""
+        kind = self.device.type
+        return f"{item.key} {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else item.key
 
     def knows_none_of(self, encoded: Sequence[Encoded]) -> bool:
         """Whether these sequences differ, and :meth:`reference_sums` has been asked for none of them yet."""
-        keys = {item.key for item in encoded}
+        keys = {self._precise_key(item) for item in encoded}
         return len(keys) == len(encoded) and keys.isdisjoint(self._reference_sums)
 
     def remember_reference_sums(self, encoded: Sequence[Encoded], sums: Tensor) -> None:
         """Keep (n,) summed log-probabilities that a pass at theta_0 has found on the way."""
-        self._reference_sums |= {item.key: value for item, value in zip(encoded, sums.float().tolist(), strict=True)}
+        values = zip(encoded, sums.float().tolist(), strict=True)
+        self._reference_sums |= {self._precise_key(item): value for item, value in values}
 
     def at_start(self) -> bool:
         """Whether the policy stands at theta_0, bit for bit."""
@@ -349,8 +364,12 @@ def weights_fingerprint(model: nn.Module, per_tensor: int = 256) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    return _fingerprint(model.state_dict(), per_tensor)
+
+
+def _fingerprint(tensors: Mapping[str, Tensor], per_tensor: int = 256) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in model.state_dict().items():
+    for name, value in tensors.items():
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // per_tensor)].cpu().double()  # mps has no float64
         digest.update(f"{name} {tuple(value.shape)}".encode())

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from u2a.batch_size import micro_batch, split_rows
 from u2a.callbacks import FiniteGradients, StreamPosition
@@ -27,76 +26,19 @@ from u2a.encoding import Encoded
 from u2a.errors import ConfigError, ModelError, NonFiniteError
 from u2a.guard import CollapseGuard, GuardResult
 from u2a.inner_loss import InnerLoss
-from u2a.losses import UnlearningLoss, check_retain, make_loss
 from u2a.model_loading import load_model, load_tokenizer
 from u2a.modeling import Policy
-from u2a.record import derive_seed
+from u2a.record import content_id, derive_seed
 from u2a.rows import read_rows
 from u2a.stream import BatchMaker, FixedSamples, Sample, SampleStream, StreamSampler
-from u2a.trainer_checkpoint import CheckpointedTrainer, Checkpointing, stream_id
+from u2a.trainer_checkpoint import CheckpointedTrainer, Checkpointing, put_back, stream_id
+from u2a.trainer_config import UnlearnConfig
 from u2a.types import Example
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     Rows = Dataset | Sequence[Mapping[str, Any]] | Sequence[Example]
-
-
-@dataclass
-class UnlearnConfig(TrainingArguments):
-    """Arguments of :class:`UnlearnTrainer`, on top of those of ``transformers.TrainingArguments``.
-
-    Attributes:
-        loss: ``ga``, ``grad_diff``, ``npo``, or ``sft`` (ordinary fine-tuning on the rows).
-        npo_beta: inverse temperature of NPO, > 0.
-        retain_term: ``none``, ``nll``, ``kl`` (to the reference) or ``proximal`` (||change of effective weights||^2).
-        retain_weight: lambda, >= 0.
-        retain_batch_size: retain rows per micro-batch and device.
-        max_length: tokens of prompt and answer.
-        full_finetuning: train all weights instead of an adapter.
-        guard: watch retain perplexity (needs a retain set).
-        ppl_budget_frac: allowed rise of retain perplexity.
-        guard_steps: steps between measurements (0: only at the end).
-        line_search: scale a breaching change down to the budget instead of only rolling back.
-        save_minutes: minutes between checkpoints, beside those of ``save_strategy`` (0: none).
-    """
-
-    loss: str = field(default="npo", metadata={"help": "ga, grad_diff, npo or sft"})
-    npo_beta: float = field(default=0.1, metadata={"help": "inverse temperature of NPO"})
-    retain_term: str = field(default="nll", metadata={"help": "none, nll, kl or proximal"})
-    retain_weight: float = field(default=1.0, metadata={"help": "weight of the retain term"})
-    retain_batch_size: int = field(default=4, metadata={"help": "retain rows per micro-batch and device"})
-    max_length: int = field(default=512, metadata={"help": "tokens of prompt and answer"})
-    full_finetuning: bool = field(default=False, metadata={"help": "train all weights instead of an adapter"})
-    guard: bool = field(default=True, metadata={"help": "watch retain perplexity where there is a retain set"})
-    ppl_budget_frac: float = field(default=0.10, metadata={"help": "allowed rise of retain perplexity"})
-    guard_steps: int = field(default=5, metadata={"help": "steps between measurements (0: only at the end)"})
-    line_search: bool = field(default=True, metadata={"help": "scale a breaching change down to the budget"})
-    save_minutes: float = field(default=0.0, metadata={"help": "minutes between checkpoints (0: by save_strategy)"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "learning-rate schedule"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lr_scheduler_type == SchedulerType.CONSTANT and self.warmup_steps:  # which it would leave out
-            self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
-        if self.retain_term not in ("none", "nll", "kl", "proximal"):
-            raise ConfigError(f"retain_term {self.retain_term!r}: expected none, nll, kl or proximal")
-        if self.npo_beta <= 0 or self.retain_weight < 0 or self.ppl_budget_frac < 0:
-            raise ConfigError("npo_beta must be > 0, retain_weight and ppl_budget_frac >= 0")
-        check_retain(self.loss_value(), self.retain_term)
-
-    def loss_value(self) -> UnlearningLoss:
-        """Return the per-sample loss.
-
-        Returns:
-            A value of :mod:`u2a.losses`.
-
-        Raises:
-            ConfigError: unknown name.
-        """
-        return make_loss(self.loss, self.npo_beta)
 
 
 class UnlearnTrainer(CheckpointedTrainer):
@@ -144,37 +86,39 @@ class UnlearnTrainer(CheckpointedTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = UnlearnConfig(output_dir="u2a-output") if args is None else args
-        self.policy = _policy(model, processing_class, peft_config, args)
+        self._examples = as_examples(train_dataset, args.loss == "sft")
+        retain, held_out = as_examples(retain_dataset, good=True), as_examples(eval_dataset, args.loss == "sft")
+        if train_dataset is not None and not self._examples:
+            raise ConfigError("train_dataset has no row of positive weight (unlearning nothing changes nothing)")
+        if args.retain_term in ("nll", "kl") and not retain and train_dataset is not None:
+            raise ConfigError(f"retain_term {args.retain_term!r} needs a retain_dataset (or set retain_term to none)")
+        _check_models(model, ref_model, peft_config, args)
+        self.policy = _policy(model, processing_class, peft_config, args)  # the model is changed from here on
         reference = None if ref_model is None else ref_model.eval().requires_grad_(False)
         _place(self.policy.model, reference, args)
         self.inner_loss = InnerLoss(self.policy, args.loss_value(), args.retain_term, args.retain_weight, reference)
-        if args.retain_term == "kl" and not self.policy.has_adapter and ref_model is None:
-            raise ConfigError("retain_term 'kl' with full fine-tuning needs ref_model (with an adapter it does not)")
-        self._examples = as_examples(train_dataset, args.loss == "sft")
-        if train_dataset is not None and not self._examples:
-            raise ConfigError("train_dataset has no row of positive weight (unlearning nothing changes nothing)")
-        self._retain = self._encode(as_examples(retain_dataset, good=True))
-        if args.retain_term in ("nll", "kl") and not self._retain and train_dataset is not None:
-            raise ConfigError(f"retain_term {args.retain_term!r} needs a retain_dataset (or set retain_term to none)")
+        self._retain = self._encode(retain)
         args.label_names = args.label_names or []
         world = max(1, args.world_size)
         per_step = args.train_batch_size * args.gradient_accumulation_steps * world
         epoch_length = math.ceil(len(self._examples) / per_step) * per_step
         self._sampler = StreamSampler(epoch_length)
-        seed = derive_seed(args.seed, "sample stream")
-        held_out = as_examples(eval_dataset, args.loss == "sft")
+        order = args.seed if args.data_seed is None else args.data_seed
+        seed = derive_seed(order, "sample stream")
         self._ids = [row.id for row in (*self._examples, *held_out)]
+        with _autocast(args):  # the references are the function that is trained
+            samples, measured = self._samples(self._examples), self._samples(held_out, len(self._examples))
         super().__init__(
             model=self.policy.model,  # type: ignore[arg-type]  # a PEFT model is what the base class expects, too
             args=args,
-            train_dataset=SampleStream(self._samples(self._examples), epoch_length, seed) if self._examples else None,
-            eval_dataset=None if eval_dataset is None else FixedSamples(self._samples(held_out, len(self._examples))),
+            train_dataset=SampleStream(samples, epoch_length, seed) if samples else None,
+            eval_dataset=None if eval_dataset is None else FixedSamples(measured),
             data_collator=BatchMaker(
                 self.policy.encoder.pad_id,
                 args.train_batch_size,
                 self._retain if args.retain_term in ("nll", "kl") else (),
                 args.retain_batch_size,
-                derive_seed(args.seed, "retain stream"),
+                derive_seed(order, "retain stream"),
             ),
             processing_class=self.policy.tokenizer,
             callbacks=callbacks,
@@ -184,19 +128,21 @@ class UnlearnTrainer(CheckpointedTrainer):
         self.guard = None
         self.guard_result: GuardResult | None = None
         if args.guard and self._retain and self._examples:
-            section = GuardSection(
-                ppl_budget_frac=args.ppl_budget_frac, every_steps=args.guard_steps, line_search=args.line_search
-            )
-            self.guard = CollapseGuard(self.policy, self._retain, section)
+            with _autocast(args):
+                self.guard = _guard(self.policy, self._retain, args)
             self.add_callback(self.guard)
         self.phase = "unlearn"
         self._step_ids: deque[list[str]] = deque(maxlen=args.gradient_accumulation_steps)
         self.add_callback(FiniteGradients(lambda: (self.phase, [name for ids in self._step_ids for name in ids])))
         if self._examples:
             self.add_callback(StreamPosition(self._sampler, per_step))
-        self.stream_id = stream_id(self._examples, self._retain, (args.seed, per_step, args.retain_batch_size))
+        rows = [(sample.encoded.key, sample.weight) for sample in samples]
+        numbers = (order, per_step, args.retain_batch_size, args.npo_beta, args.retain_weight)
+        texts = (self.policy.identity, args.loss, args.retain_term)
+        self.stream_id = stream_id(rows, [row.key for row in self._retain], (*texts, *numbers))
         self.add_callback(Checkpointing(self, args.save_minutes))
-        self._parts: dict[str, float] = {}
+        self._parts: dict[str, float] = {}  # of the micro-batch at hand
+        self.unlogged = {}
 
     def _encode(self, examples: Sequence[Example]) -> tuple[Encoded, ...]:
         encode = self.policy.encoder.encode
@@ -233,10 +179,16 @@ class UnlearnTrainer(CheckpointedTrainer):
         """
         self._step_ids.append([self._ids[k] for k in inputs["index"].tolist()])
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
-        if self.args.world_size > 1:  # the others wait for as many backward passes
-            return step(inputs)
         parameters, n = list(self.policy.trainable().values()), len(inputs["weight"])
-        return micro_batch(n, parameters, self.policy.limits, lambda k: [step(part) for part in split_rows(inputs, k)])
+        if self.args.world_size > 1:  # the others wait for as many backward passes
+            loss = step(inputs)
+        else:
+            loss = micro_batch(
+                n, parameters, self.policy.limits, lambda k: [step(part) for part in split_rows(inputs, k)]
+            )
+        for name, value in {"batches": 1.0, **self._parts}.items():
+            self.unlogged[name] = self.unlogged.get(name, 0.0) + value
+        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Length of the gradient; one that is not finite is refused: clipping would turn the step into nothing."""
@@ -267,11 +219,7 @@ class UnlearnTrainer(CheckpointedTrainer):
         Raises:
             NonFiniteError: a per-sample loss or the retain term is not finite.
         """
-        ids = [self._ids[k] for k in inputs["index"].tolist()]
-        losses = self.inner_loss.per_sample(model, inputs)
-        if not torch.isfinite(losses).all():
-            bad = [name for name, loss in zip(ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
-            raise NonFiniteError("loss", self.phase, self.state.global_step, bad)
+        losses = self._finite_losses(model, inputs)
         retain = self.inner_loss.retain(model, inputs)
         if retain is not None and not torch.isfinite(retain):
             raise NonFiniteError(f"retain term ({self.inner_loss.retain_term})", self.phase, self.state.global_step)
@@ -283,6 +231,14 @@ class UnlearnTrainer(CheckpointedTrainer):
         self._parts = earlier | {name: earlier.get(name, 0.0) + value for name, value in now.items()}
         return (loss, {"per_sample": losses}) if return_outputs else loss
 
+    def _finite_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        losses = self.inner_loss.per_sample(model, inputs)
+        if not torch.isfinite(losses).all():
+            ids = [self._ids[k] for k in inputs["index"].tolist()]
+            bad = [name for name, loss in zip(ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
+            raise NonFiniteError("loss", self.phase, self.state.global_step, bad)
+        return losses
+
     def train(self, *positional: Any, **named: Any) -> Any:
         """Train as the base class does, then let the guard settle a breach of the budget.
 
@@ -293,16 +249,20 @@ class UnlearnTrainer(CheckpointedTrainer):
         Returns:
             The base class's ``TrainOutput``.
         """
-        output = super().train(*positional, **named)
-        self.policy.model.eval()
-        if self.guard is not None:
-            self.guard_result = self.guard.settle(self.state.global_step)
+        own = vars(self.policy.model).get("forward")
+        try:
+            output = super().train(*positional, **named)
+            self.policy.model.eval()
+            if self.guard is not None:
+                self.guard_result = self.guard.settle(self.steps_taken)
+        finally:  # accelerate has put another one there, which computes under autocast
+            put_back(self.policy.model, own)
         return output
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss of an evaluation batch.
+        """Weighted mean loss of an evaluation batch, without the retain term.
 
         Args:
             model: the model.
@@ -313,17 +273,23 @@ class UnlearnTrainer(CheckpointedTrainer):
         Returns:
             (loss, None, None).
         """
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.accelerator.autocast():
+            losses = self._finite_losses(model, inputs)
+            return self.inner_loss.total(losses, inputs["weight"], None), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the two parts of the last step's loss beside it.
+        """Log, with the two parts of the loss beside it: means over this process's micro-batches since the last log.
 
         Args:
             logs: numbers to log.
             start_time: of the training, or None.
         """
-        super().log(logs | self._parts if "loss" in logs else logs, start_time)
+        if "loss" in logs and self.unlogged:
+            count = self.unlogged.pop("batches")
+            logs = logs | {name: total / count for name, total in self.unlogged.items()}
+            self.unlogged = {}
+        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: a step holds up to three forwards.
@@ -378,10 +344,48 @@ def _policy(
         model = load_model(section)
     if tokenizer is None:
         raise ModelError("processing_class is missing (pass the model's tokenizer)")
-    if args.full_finetuning and peft_config is not None:
-        raise ConfigError("args.full_finetuning conflicts with peft_config (give one of them)")
     adapter = peft_config or AdapterConfig(enabled=not args.full_finetuning)
     return Policy(model, tokenizer, adapter, args.max_length, seed=args.seed)
+
+
+def _in_parts(step: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any], n: int) -> list[Tensor]:
+    """The losses of a micro-batch's parts of at most ``n`` rows."""
+    return [step(part) for part in split_rows(inputs, n)]
+
+
+def _check_models(
+    model: str | PreTrainedModel | Policy, ref_model: Any, peft_config: LoraConfig | None, args: UnlearnConfig
+) -> None:
+    """Refuse what could only be ignored, before the model is changed."""
+    full = not model.has_adapter if isinstance(model, Policy) else args.full_finetuning
+    if isinstance(model, Policy) and (peft_config is not None or (args.full_finetuning and not full)):
+        raise ConfigError("model: a Policy has its adapter already (leave out peft_config and full_finetuning)")
+    if full and peft_config is not None:
+        raise ConfigError("args.full_finetuning conflicts with peft_config (give one of them)")
+    if ref_model is not None and not isinstance(ref_model, nn.Module):
+        raise ConfigError(f"ref_model: expected a loaded model, got {type(ref_model).__name__}")
+    if ref_model is not None and ref_model is (model.model if isinstance(model, Policy) else model):
+        raise ConfigError("ref_model is the model that is trained (leave it out, or load it once more)")
+    if args.retain_term == "kl" and full and ref_model is None:
+        raise ConfigError("retain_term 'kl' with full fine-tuning needs ref_model (with an adapter it does not)")
+
+
+def _guard(policy: Policy, rows: Sequence[Encoded], args: UnlearnConfig) -> CollapseGuard:
+    """The collapse guard, on rows drawn by their content: the first ones may all be of one kind."""
+    rows = sorted(rows, key=lambda row: content_id("guard", row.key))[: args.guard_rows or None]
+    section = GuardSection(
+        ppl_budget_frac=args.ppl_budget_frac,
+        every_steps=args.guard_steps,
+        max_rows=len(rows),
+        line_search=args.line_search,
+    )
+    return CollapseGuard(policy, rows, section)
+
+
+def _autocast(args: UnlearnConfig) -> Any:
+    """The precision of the run's forward passes, before accelerate is there to give it."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    return torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
 
 
 def _place(model: nn.Module, ref_model: nn.Module | None, args: UnlearnConfig) -> None:

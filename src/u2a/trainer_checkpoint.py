@@ -33,7 +33,6 @@ from transformers.trainer_callback import ExportableState
 
 from u2a import disk
 from u2a.checkpoint import newest_whole, prune, save_folder, verify
-from u2a.encoding import Encoded
 from u2a.errors import ConfigError, RecordError, Stopped
 from u2a.guard import CollapseGuard
 from u2a.modeling import Policy
@@ -41,25 +40,37 @@ from u2a.random_state import random_state, set_random_state
 from u2a.record import content_id
 from u2a.signals import stopping
 from u2a.tensor_tree import read_tensors, read_tree, write_tree
-from u2a.types import Example
 
 PARAMETERS = "parameters.safetensors"
 STATE = "state"
 
 
-def stream_id(rows: Sequence[Example], retain: Sequence[Encoded], numbers: Sequence[int]) -> str:
-    """Hash of everything that decides which rows a step sees, and with which weights.
+def stream_id(rows: Sequence[tuple[str, float]], retain: Sequence[str], run: Sequence[object]) -> str:
+    """Hash of everything that decides what a step is: which rows it sees, with which weights, and what it does to them.
 
     Args:
-        rows: rows trained on.
-        retain: rows of the retain term or the guard.
-        numbers: seed and batch sizes.
+        rows: content and weight of the rows trained on.
+        retain: content of the rows of the retain term or the guard.
+        run: the policy's identity, loss, retain term, seed and batch sizes.
 
     Returns:
-        The hash.
+        The hash; learning rate and number of steps are not in it, they may change when a run goes on.
     """
-    texts = [f"{row.id} {row.weight!r}" for row in rows]
-    return content_id(*texts, "retain", *(row.key for row in retain), repr(tuple(numbers)))
+    texts = [f"{key} {weight!r}" for key, weight in rows]
+    return content_id(*texts, "retain", *retain, repr(tuple(run)))
+
+
+def put_back(model: nn.Module, forward: Any) -> None:
+    """Give a model the forward back that accelerate has replaced by one of lower precision.
+
+    Args:
+        model: the model.
+        forward: what stood in its ``__dict__`` before, or None where its class's forward was used.
+    """
+    vars(model).pop("forward", None)
+    vars(model).pop("_original_forward", None)
+    if forward is not None:
+        model.forward = forward
 
 
 class CheckpointedTrainer(Trainer):
@@ -67,14 +78,17 @@ class CheckpointedTrainer(Trainer):
 
     Attributes:
         policy: the policy under training.
-        stream_id: hash of rows, weights, seed and batch sizes; a checkpoint of another stream is refused.
+        stream_id: hash of model, rows, weights, loss, seed and batch sizes; a checkpoint of another stream is refused.
         resumed: what was read from the checkpoint that ``train`` goes on from, or None.
+        unlogged: sums of the parts of the loss over the micro-batches since the last log, and how many these are.
     """
 
     policy: Policy
     stream_id: str
     resumed: dict[str, Any] | None = None
+    unlogged: dict[str, float]
     _was_over = False
+    _best_step: int | None = None
 
     def train(
         self,
@@ -105,21 +119,30 @@ class CheckpointedTrainer(Trainer):
                     raise RecordError(f"{output}: no whole checkpoint there (leave resume_from_checkpoint out)")
                 verify(chosen)
         self.resumed = None if chosen is None else self._read(chosen)
+        self.unlogged, self._best_step = {}, None
         return super().train(None if chosen is None else str(chosen), trial, ignore_keys_for_eval)
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimiser steps that the policy has taken: those of the best checkpoint where that was loaded at the end."""
+        return self.state.global_step if self._best_step is None else self._best_step
 
     def _read(self, folder: Path) -> dict[str, Any]:
         """The state in a checkpoint, which must be one of this run."""
         state = read_tree(folder, STATE)
         if not isinstance(state, dict) or state.get("stream") != self.stream_id:
             raise RecordError(
-                f"{folder}: a checkpoint of another run, its rows, weights, seed or batch sizes differ (put them back, "
-                "or leave resume_from_checkpoint out)"
+                f"{folder}: a checkpoint of another run, its model, rows, weights, loss, seed or batch sizes differ "
+                "(put them back, or leave resume_from_checkpoint out)"
             )
         if len(state["processes"]) != self.args.world_size:
             raise RecordError(
                 f"{folder}: saved by {len(state['processes'])} processes, resumed by {self.args.world_size} (launch as "
                 "many as before)"
             )
+        if len(state["guards"]) != len(self._guards()):
+            was = "with" if state["guards"] else "without"
+            raise RecordError(f"{folder}: saved {was} the collapse guard (resume with the same option)")
         return state
 
     # --- saving ----------------------------------------------------------------------------------
@@ -130,7 +153,8 @@ class CheckpointedTrainer(Trainer):
             raise ConfigError("save_strategy: sharded training cannot be checkpointed (set it to no)")
         run_dir = Path(self._get_output_dir(trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
-        processes = self._from_all_processes({"random": random_state(), "loss": float(self._tr_loss)})
+        now = {"random": random_state(), "loss": float(self._tr_loss), "parts": self.unlogged}
+        processes = self._from_all_processes(now)
         if self.args.should_save:
             best = run_dir / f"checkpoint-{self.state.best_global_step}"
             if self.state.best_global_step and (best == folder or best.exists()):
@@ -139,7 +163,8 @@ class CheckpointedTrainer(Trainer):
             save_folder(folder, lambda part: self._write(part, processes))
             if self.args.save_total_limit:
                 best_one = self.state.best_model_checkpoint
-                prune(run_dir, self.args.save_total_limit, () if best_one is None else (Path(best_one),))
+                kept = (folder,) if best_one is None else (folder, Path(best_one))
+                prune(run_dir, self.args.save_total_limit, kept)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
@@ -195,6 +220,7 @@ class CheckpointedTrainer(Trainer):
         best = Path(self.state.best_model_checkpoint or "")
         verify(best)
         self._load_from_checkpoint(str(best))
+        self._best_step = self.state.best_global_step
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore optimiser and learning-rate schedule."""
@@ -221,6 +247,7 @@ class CheckpointedTrainer(Trainer):
             return
         processes = self.resumed["processes"]
         self._tr_loss.fill_(processes[self.args.process_index]["loss"])
+        self.unlogged = dict(processes[self.args.process_index]["parts"])
         self._total_loss_scalar = -sum(each["loss"] for each in processes) / len(processes)  # of steps before this call
         self._globalstep_last_logged = self.resumed["last_logged"]
         for guard, state in zip(self._guards(), self.resumed["guards"], strict=True):
@@ -264,12 +291,12 @@ class Checkpointing(TrainerCallback):
     def __init__(self, trainer: CheckpointedTrainer, minutes: float) -> None:
         self._trainer, self._minutes = trainer, minutes
         self._saved_at = time.monotonic()
-        self._signal = 0
+        self._signal, self._due = 0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore what the checkpoint holds beside the base class's state."""
         self._trainer.restore_run()
-        self._saved_at, self._signal = time.monotonic(), 0
+        self._saved_at, self._signal, self._due = time.monotonic(), 0, False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint when it is due, or a signal came; without checkpoints, stop at once."""
@@ -279,8 +306,14 @@ class Checkpointing(TrainerCallback):
         if self._signal and not saves:
             raise Stopped(self._signal)
         due = self._minutes > 0 and time.monotonic() - self._saved_at >= 60.0 * self._minutes
-        if self._signal or trainer.agreed(int(due)):
-            control.should_save = True
+        self._due = bool(self._signal or trainer.agreed(int(due)))
+        if self._due and not float(state.epoch or 0.5).is_integer():
+            control.should_save, self._due = True, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save after the epoch's own measurements, which a checkpoint of its last step would leave out."""
+        control.should_save = control.should_save or self._due
+        self._due = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop here when that was asked for."""

@@ -26,7 +26,8 @@ from u2a.losses import UnlearningLoss, make_loss
 from u2a.modeling import Params, Policy
 from u2a.progress import Advance, Quiet
 from u2a.record import content_id, writing
-from u2a.trainer import UnlearnConfig, UnlearnTrainer
+from u2a.trainer import UnlearnTrainer
+from u2a.trainer_config import UnlearnConfig
 from u2a.types import Example, StepLog, UnlearnResult
 
 
@@ -93,7 +94,7 @@ def unlearn(
         weights: omega by candidate id, >= 0; zero or absent = not in the set. Their scale does not matter.
         arm: name for the record and for error messages.
         output_dir: checkpoints go (``section.save_minutes``, ``section.save_steps``) into a folder in it that is named
-            after problem and weights; an interrupted run of the same problem found there is resumed.
+            after policy, problem and weights; a run of the same policy and problem found there is gone on with.
         advance: progress, told one step at a time.
 
     Returns:
@@ -113,7 +114,7 @@ def unlearn(
         guard = CollapseGuard(
             policy, [encode(r.prompt, r.completion, r.source) for r in problem.guard_rows], problem.guard
         )
-    with _folder(None if output_dir is None else Path(output_dir) / problem_id(problem, rows)) as folder:
+    with _folder(None if output_dir is None else Path(output_dir) / run_id(policy, problem, rows)) as folder:
         callbacks = [StepReporter(advance or Quiet()), *([guard] if guard else [])]
         trainer = trainer_of(policy, problem if output_dir else _unsaved(problem), rows, folder, callbacks)
         trainer.phase = arm
@@ -310,6 +311,20 @@ def problem_id(problem: InnerProblem, rows: tuple[Example, ...]) -> str:
     section = problem.section.model_dump_json(exclude={"report_to", "save_minutes", "save_steps"})
     options = (section, problem.guard.model_dump_json(), str(problem.seed))
     return content_id(*texts, *options)
+
+
+def run_id(policy: Policy, problem: InnerProblem, rows: tuple[Example, ...]) -> str:
+    """Content id of a run of unlearning.
+
+    Args:
+        policy: the policy.
+        problem: retain rows and options.
+        rows: candidates that carry their weights.
+
+    Returns:
+        The id; another model, adapter or longest sequence has another one.
+    """
+    return content_id(policy.identity, problem_id(problem, rows))
 
 
 def _unsaved(problem: InnerProblem) -> InnerProblem:

@@ -254,7 +254,7 @@ def compute_gains(
     return Gains(table, statistics, estimates, plain)
 
 
-_LAYOUT = 2  # of parts on the disk: which columns a scorer keeps, and the order of batches
+_LAYOUT = 3  # of parts on the disk: which columns a scorer keeps, and the order of batches
 
 
 def _parts(policy: Policy, inner: InnerProblem, outer: OuterProblem, folds: Folds, reached: Reached) -> Parts:
@@ -263,6 +263,7 @@ def _parts(policy: Policy, inner: InnerProblem, outer: OuterProblem, folds: Fold
         return Parts()
     pairs = [[pair.id for pair in fold] for fold in (*folds.folds, folds.heldout)]
     document = [
+        policy.identity,
         tensors_id(policy.trainable()),
         search_id(inner, outer),
         pairs,

@@ -1,7 +1,7 @@
 """Curvature of the proximal term ||change of the effective weights||^2, in closed form.
 
-With LoRA the term is ||s B A||^2 per adapted module (and expert): its residual s B A is linear in A and in B, and the only part
-of its Hessian that is not positive semi-definite couples A with B.
+With LoRA the term is ||s B A||^2 per adapted module (and expert): its residual s B A is linear in A and in B, and the
+only part of its Hessian that is not positive semi-definite couples A with B.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from u2a.errors import ConfigError, DataError
 from u2a.evaluation.stats import Interval, bootstrap_ratio, paired_difference
 from u2a.modeling import Policy, evaluation_mode
 from u2a.record import content_id
-from u2a.trainer import UnlearnConfig, UnlearnTrainer
+from u2a.trainer import UnlearnTrainer
+from u2a.trainer_config import UnlearnConfig
 from u2a.types import Example
 
 T = TypeVar("T")
