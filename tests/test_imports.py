@@ -64,6 +64,7 @@ LAYERS = (
     {"inner_loss"},
     {"trainer_checkpoint"},
     {"trainer_config"},
+    {"trainer_setup"},
     {"trainer"},
     {"unlearn"},
     {"bilevel"},

@@ -1,7 +1,4 @@
-"""u2a: align a language model by unlearning its bad answers (arXiv 2504.06659).
-
-Names are loaded when they are first used, so that ``import u2a`` and ``u2a --help`` stay fast.
-"""
+"""u2a: align a language model by unlearning its bad answers (arXiv 2504.06659). Names are loaded when first used."""
 
 from __future__ import annotations
 

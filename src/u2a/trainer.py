@@ -20,19 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from u2a.batch_size import micro_batch, split_rows
 from u2a.callbacks import FiniteGradients, StreamPosition
-from u2a.config import AdapterConfig, DataSection, FieldMap, GuardSection, ModelSection
+from u2a.config import DataSection, FieldMap
 from u2a.data import parse_examples
 from u2a.encoding import Encoded
-from u2a.errors import ConfigError, ModelError, NonFiniteError
-from u2a.guard import CollapseGuard, GuardResult
+from u2a.errors import ConfigError, NonFiniteError
+from u2a.guard import GuardResult
 from u2a.inner_loss import InnerLoss
-from u2a.model_loading import load_model, load_tokenizer
 from u2a.modeling import Policy
-from u2a.record import content_id, derive_seed
+from u2a.record import derive_seed
 from u2a.rows import read_rows
 from u2a.stream import BatchMaker, FixedSamples, Sample, SampleStream, StreamSampler
 from u2a.trainer_checkpoint import CheckpointedTrainer, Checkpointing, put_back, stream_id
 from u2a.trainer_config import UnlearnConfig
+from u2a.trainer_setup import autocast_of, check_models, make_guard, place, policy_of
 from u2a.types import Example
 
 if TYPE_CHECKING:
@@ -92,10 +92,10 @@ class UnlearnTrainer(CheckpointedTrainer):
             raise ConfigError("train_dataset has no row of positive weight (unlearning nothing changes nothing)")
         if args.retain_term in ("nll", "kl") and not retain and train_dataset is not None:
             raise ConfigError(f"retain_term {args.retain_term!r} needs a retain_dataset (or set retain_term to none)")
-        _check_models(model, ref_model, peft_config, args)
-        self.policy = _policy(model, processing_class, peft_config, args)  # the model is changed from here on
+        check_models(model, ref_model, peft_config, args)
+        self.policy = policy_of(model, processing_class, peft_config, args)  # the model is changed from here on
         reference = None if ref_model is None else ref_model.eval().requires_grad_(False)
-        _place(self.policy.model, reference, args)
+        place(self.policy.model, reference, args)
         self.inner_loss = InnerLoss(self.policy, args.loss_value(), args.retain_term, args.retain_weight, reference)
         self._retain = self._encode(retain)
         args.label_names = args.label_names or []
@@ -106,7 +106,7 @@ class UnlearnTrainer(CheckpointedTrainer):
         order = args.seed if args.data_seed is None else args.data_seed
         seed = derive_seed(order, "sample stream")
         self._ids = [row.id for row in (*self._examples, *held_out)]
-        with _autocast(args):  # the references are the function that is trained
+        with autocast_of(args):  # the references are the function that is trained
             samples, measured = self._samples(self._examples), self._samples(held_out, len(self._examples))
         super().__init__(
             model=self.policy.model,  # type: ignore[arg-type]  # a PEFT model is what the base class expects, too
@@ -128,8 +128,8 @@ class UnlearnTrainer(CheckpointedTrainer):
         self.guard = None
         self.guard_result: GuardResult | None = None
         if args.guard and self._retain and self._examples:
-            with _autocast(args):
-                self.guard = _guard(self.policy, self._retain, args)
+            with autocast_of(args):
+                self.guard = make_guard(self.policy, self._retain, args)
             self.add_callback(self.guard)
         self.phase = "unlearn"
         self._step_ids: deque[list[str]] = deque(maxlen=args.gradient_accumulation_steps)
@@ -328,75 +328,6 @@ def as_examples(rows: Rows | None, good: bool) -> tuple[Example, ...]:
     return tuple(row for row in rows if row.weight is None or row.weight > 0)  # type: ignore[union-attr]
 
 
-def _policy(
-    model: str | PreTrainedModel | Policy,
-    tokenizer: PreTrainedTokenizerBase | None,
-    peft_config: LoraConfig | None,
-    args: UnlearnConfig,
-) -> Policy:
-    """Make a policy of whatever was passed as ``model``."""
-    if isinstance(model, Policy):
-        return model
-    if isinstance(model, str):
-        dtype = "float32" if args.full_finetuning else "auto"  # 16-bit weights swallow small updates
-        section = ModelSection(name_or_path=model, dtype=dtype, device="cpu" if args.use_cpu else "auto")
-        tokenizer = load_tokenizer(section) if tokenizer is None else tokenizer
-        model = load_model(section)
-    if tokenizer is None:
-        raise ModelError("processing_class is missing (pass the model's tokenizer)")
-    adapter = peft_config or AdapterConfig(enabled=not args.full_finetuning)
-    return Policy(model, tokenizer, adapter, args.max_length, seed=args.seed)
-
-
 def _in_parts(step: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any], n: int) -> list[Tensor]:
     """The losses of a micro-batch's parts of at most ``n`` rows."""
     return [step(part) for part in split_rows(inputs, n)]
-
-
-def _check_models(
-    model: str | PreTrainedModel | Policy, ref_model: Any, peft_config: LoraConfig | None, args: UnlearnConfig
-) -> None:
-    """Refuse what could only be ignored, before the model is changed."""
-    full = not model.has_adapter if isinstance(model, Policy) else args.full_finetuning
-    if isinstance(model, Policy) and (peft_config is not None or (args.full_finetuning and not full)):
-        raise ConfigError("model: a Policy has its adapter already (leave out peft_config and full_finetuning)")
-    if full and peft_config is not None:
-        raise ConfigError("args.full_finetuning conflicts with peft_config (give one of them)")
-    if ref_model is not None and not isinstance(ref_model, nn.Module):
-        raise ConfigError(f"ref_model: expected a loaded model, got {type(ref_model).__name__}")
-    if ref_model is not None and ref_model is (model.model if isinstance(model, Policy) else model):
-        raise ConfigError("ref_model is the model that is trained (leave it out, or load it once more)")
-    if args.retain_term == "kl" and full and ref_model is None:
-        raise ConfigError("retain_term 'kl' with full fine-tuning needs ref_model (with an adapter it does not)")
-
-
-def _guard(policy: Policy, rows: Sequence[Encoded], args: UnlearnConfig) -> CollapseGuard:
-    """The collapse guard, on rows drawn by their content: the first ones may all be of one kind."""
-    rows = sorted(rows, key=lambda row: content_id("guard", row.key))[: args.guard_rows or None]
-    section = GuardSection(
-        ppl_budget_frac=args.ppl_budget_frac,
-        every_steps=args.guard_steps,
-        max_rows=len(rows),
-        line_search=args.line_search,
-    )
-    return CollapseGuard(policy, rows, section)
-
-
-def _autocast(args: UnlearnConfig) -> Any:
-    """The precision of the run's forward passes, before accelerate is there to give it."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16
-    return torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
-
-
-def _place(model: nn.Module, ref_model: nn.Module | None, args: UnlearnConfig) -> None:
-    """Move the models to the device of the run before anything is computed, and train on one device per process.
-
-    A quantised model, or one spread over several devices, stays where it is.
-    """
-    device = args.device  # sets the devices up
-    if args.n_gpu > 1:  # not distributed: several visible devices would silently mean DataParallel
-        args._n_gpu = 1
-    for each in (model, ref_model):
-        spread = len(set((getattr(each, "hf_device_map", None) or {}).values())) > 1
-        if each is not None and not spread and not getattr(each, "is_quantized", False):
-            nn.Module.to(each, device)
