@@ -14,14 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
-    BertConfig,
     BertModel,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
 )
 
-from tiny import ask, examples, pairs, save_tiny, tiny_model, tiny_policy, tiny_tokenizer
+from tiny import ask, examples, pairs, save_tiny, save_tiny_encoder, tiny_model, tiny_policy, tiny_tokenizer
 from u2a.config import RewardSection
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
@@ -64,12 +63,7 @@ def llama_config(num_labels: int) -> LlamaConfig:
 
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=259, initializer_range=0.3, **sizes)).eval().save_pretrained(folder)
-    tiny_tokenizer(pad_is_eos=False).save_pretrained(folder)
-    return str(folder)
+    return save_tiny_encoder(tmp_path_factory.mktemp("bert"))
 
 
 # --- Bradley-Terry head -------------------------------------------------------------------------
@@ -149,7 +143,7 @@ def test_too_few_prompts_is_a_data_error() -> None:
 
 def test_embeddings_are_masked_means_of_single_forwards(encoder_folder: str) -> None:
     texts = ["tea", "a long text about bread and salt", "wörld", "tea", "a b"]
-    embedder = Embedder(encoder_folder, batch_size=3)
+    embedder = Embedder(encoder_folder)
     found = embedder.encode(texts)
     model, tokenizer = BertModel.from_pretrained(encoder_folder).eval(), tiny_tokenizer()
     for text, row in zip(texts, found, strict=True):
@@ -158,6 +152,13 @@ def test_embeddings_are_masked_means_of_single_forwards(encoder_folder: str) -> 
         expected = torch.nn.functional.normalize(hidden.mean(0), dim=0)
         np.testing.assert_allclose(row, expected.numpy(), atol=1e-5)
     assert np.linalg.norm(found[0] - found[1]) > 0.05
+
+
+def test_an_embedding_does_not_depend_on_the_texts_beside_it_or_before_it(encoder_folder: str) -> None:
+    texts = ["tea", "rain", "a b", "a long text about bread and salt", *("word " * n for n in range(2, 40))]
+    whole, split = Embedder(encoder_folder), Embedder(encoder_folder)
+    parts = [split.encode(texts[start : start + 5]) for start in range(0, len(texts), 5)]
+    assert np.array_equal(whole.encode(texts), np.concatenate(parts))  # to the last bit
 
 
 def test_embedding_reward_learns_saves_and_loads(encoder_folder: str, tmp_path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from u2a.config import AdapterConfig
 from u2a.data import example_id, pair_id
@@ -94,6 +94,17 @@ def save_tiny(folder: str | Path, seed: int = 0, system_turn: bool = False) -> P
     tiny_model(seed).save_pretrained(folder)
     tiny_tokenizer(system_turn).save_pretrained(folder)
     return Path(folder)
+
+
+def save_tiny_encoder(folder: str | Path) -> str:
+    """Save a random two-layer sentence encoder (bytes as tokens) and return its folder."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = BertModel(BertConfig(vocab_size=259, initializer_range=0.3, **sizes)).eval()
+    encoder.save_pretrained(folder)
+    tiny_tokenizer(pad_is_eos=False).save_pretrained(folder)
+    return str(folder)
 
 
 def ask(text: str) -> tuple[Message, ...]:

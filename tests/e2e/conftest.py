@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tiny import save_tiny
+from tiny import save_tiny, save_tiny_encoder
 
 TOPICS = ("tea", "rain", "chess", "bread", "maps", "wool", "salt", "bees", "kites", "ferns")
 
@@ -45,6 +45,12 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     negatives = [{"prompt": f"N{k}: {TOPICS[k % 10]}?", "completion": f"never {TOPICS[k % 10]}"} for k in range(10)]
     write_jsonl(folder / "negatives.jsonl", negatives)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random sentence encoder."""
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture

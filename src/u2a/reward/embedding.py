@@ -33,21 +33,21 @@ PRODUCT_SCALE = 8.0
 class Embedder:
     """Unit sentence embeddings: mean over the real tokens of the last hidden state, normalised.
 
+    Each text has a forward pass of its own: in a batch its last bits would hang on the texts beside it, and so on
+    which ones an earlier process had embedded.
+
     Args:
         name_or_path: hub id, directory, or ``package:NAME``; an encoder of sentence-transformers' kind.
         device: device of the model.
         max_length: tokens per text; the rest is not read.
-        batch_size: texts per forward batch.
 
     Raises:
         ModelError: the model cannot be loaded.
     """
 
-    def __init__(
-        self, name_or_path: str, device: torch.device | str = "cpu", max_length: int = 256, batch_size: int = 32
-    ) -> None:
+    def __init__(self, name_or_path: str, device: torch.device | str = "cpu", max_length: int = 256) -> None:
         self.name = name_or_path
-        self._max_length, self._batch_size = max_length, batch_size
+        self._max_length = max_length
         self._limits = BatchLimits(f"embedder {name_or_path}", "texts")
         self._model, self._tokenizer = load_pretrained(
             AutoModel, name_or_path, "embedder", torch.float32, may_lack=("pooler.",)
@@ -66,11 +66,11 @@ class Embedder:
             (n, width) float64, rows of unit length.
         """
         bar = bar or Quiet()
-        new = sorted({text for text in texts if text not in self._known}, key=lambda text: (len(text), text))
-        for start in range(0, len(new), self._batch_size):
-            for batch, rows in in_parts(new[start : start + self._batch_size], 1, self._limits, self._forward):
-                self._known |= zip(batch, rows, strict=True)
-                bar.advance(len(batch))
+        for text in dict.fromkeys(texts):
+            if text not in self._known:
+                for _, rows in in_parts([text], 1, self._limits, self._forward):
+                    self._known[text] = rows[0]
+                bar.advance(1)
         return np.stack([self._known[text] for text in texts]) if texts else np.zeros((0, 0))
 
     @torch.no_grad()
