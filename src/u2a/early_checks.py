@@ -13,7 +13,8 @@ from u2a.evaluation.chat_endpoint import endpoint_key
 from u2a.packaged import check_installed
 from u2a.record import one_line
 from u2a.reward.analysis import split_reward_pairs
-from u2a.reward.head import check_prompts
+from u2a.reward.head import check_prompts, load_head
+from u2a.reward.loading import refuse_no_head
 from u2a.types import Partition
 
 VERDICTS = "verdicts.jsonl"  # below cache/: what the judge replied
@@ -79,28 +80,32 @@ def check_named_models(config: RunConfig) -> None:
         config: options.
 
     Raises:
-        ModelError: a package that is not installed, or a name without a configuration.
+        ModelError: a package that is not installed, a name without a configuration, or a folder without a head.
     """
     reward = config.reward
     named = {
-        "reward.name_or_path": reward.name_or_path if reward.model not in ("none", "implicit") else None,
-        "reward.eval_name_or_path": reward.eval_name_or_path if reward.eval_model != "none" else None,
-        "reward.second_name_or_path": reward.second_name_or_path if reward.second_model != "none" else None,
-        "evaluation.embedder": config.evaluation.embedder,
+        "reward.name_or_path": (reward.model, reward.name_or_path),
+        "reward.eval_name_or_path": (reward.eval_model, reward.eval_name_or_path),
+        "reward.second_name_or_path": (reward.second_model, reward.second_name_or_path),
+        "evaluation.embedder": ("embedding", config.evaluation.embedder),
     }
-    for option, name in named.items():
-        if name:
-            _check_named(option, name)
+    for option, (kind, name) in named.items():
+        if name and kind not in ("none", "implicit"):
+            try:
+                _check_named(kind, name)
+            except ModelError as error:
+                raise ModelError(f"{option}: {error}") from None
 
 
-def _check_named(option: str, name: str) -> None:
+def _check_named(kind: str, name: str) -> None:
+    if kind == "head":  # a folder of u2a reward train, with the name of the model that the head reads
+        refuse_no_head(name)
+        name = load_head(name)[1].name_or_path
+    if name.startswith("package:"):
+        check_installed(name)
+        return
     try:
-        if name.startswith("package:"):
-            check_installed(name)
-        else:
-            AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except ModelError as error:
-        raise ModelError(f"{option}: {error}") from None
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # damaged files make the libraries below raise anything
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(one_line(f"{option}: {name!r} cannot be loaded ({text})")) from None
+        raise ModelError(one_line(f"{name!r} cannot be loaded ({text})")) from None

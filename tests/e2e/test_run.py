@@ -19,6 +19,7 @@ from u2a.config_file import load_config
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
 from u2a.record import Record
+from u2a.reward import load_reward_model
 from u2a.solution import Solution
 from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
 
@@ -114,6 +115,30 @@ def test_a_run_killed_between_stages_goes_on_to_the_same_result(
         (finished / "arms" / name).unlink()
     assert main(["run", str(tiny_config()), "--quiet"]) == 0
     assert (finished / "evaluation.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("side", ["", "eval_"])
+def test_a_head_of_reward_train_is_a_reward_model_of_a_run(
+    side: str, tiny_config: Callable[..., Path], tiny_files: Path, tiny_encoder: str, tmp_path: Path, capsys
+) -> None:
+    head = tmp_path / "my-reward"
+    pairs = str(tiny_files / "pairs.jsonl")
+    assert main(["reward", "train", "--pairs", pairs, "--base", tiny_encoder, "--out", str(head), "--quiet"]) == 0
+    reward = {"model": "none", "eval_model": "none", f"{side}model": "head", f"{side}name_or_path": str(head)}
+    config = str(tiny_config(reward=reward, evaluation={"controls": []}))
+    assert main(["run", config, "--quiet"]) == 0
+    if side == "":
+        score = load_reward_model(str(head), "head", "cpu").score
+        rows = {row.id: row.reward for row in RewardTable.load(tmp_path / "run" / "rewards.json").rows}
+        forget = Partition.load(tmp_path / "run" / "partition.json").forget
+        expected = score([row.prompt for row in forget], [row.completion for row in forget]).tolist()
+        assert [rows[row.id] for row in forget] == pytest.approx(expected, abs=1e-6)
+    else:
+        assert EvalTable.load(tmp_path / "run" / "evaluation.json").arms["after"]["reward"].value is not None
+    shutil.rmtree(head)
+    head.mkdir()
+    assert main(["run", config, "--quiet"]) == 2
+    assert f"reward.{side}name_or_path: {head}: no reward head there" in capsys.readouterr().err
 
 
 def test_a_changed_option_runs_its_stage_again(finished: Path, tiny_config: Callable[..., Path]) -> None:

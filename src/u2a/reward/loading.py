@@ -40,11 +40,23 @@ def load_reward_model(name_or_path: str, kind: Kind = "auto", device: torch.devi
         return load_sequence_classifier(name_or_path, where)
     if found == "token_value_head":
         return load_token_value_head(name_or_path, where)
-    if not is_head(name_or_path):
-        raise ModelError(f"{name_or_path}: no reward head there (make one with: u2a reward train)")
+    refuse_no_head(name_or_path)
     if load_head(name_or_path)[1].kind == "embedding":
         return load_embedding_reward(name_or_path, where)
     return load_language_model_reward(name_or_path, str(where))
+
+
+def refuse_no_head(folder: str) -> None:
+    """Refuse a folder in which there is no trained head.
+
+    Args:
+        folder: any path.
+
+    Raises:
+        ModelError: no head there.
+    """
+    if not is_head(folder):
+        raise ModelError(f"{folder}: no reward head there (make one with: u2a reward train)")
 
 
 def _kind_of(name_or_path: str) -> Kind:
