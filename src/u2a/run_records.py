@@ -86,7 +86,7 @@ class RunRecords:
 
     @property
     def last_scores(self) -> ScoreTable | None:
-        """The scoring that selection ended with, or the first one when nothing was selected yet."""
+        """The scoring by which the selection was made, or the first one when nothing was selected yet."""
         return self.solution.scores if self.solution else self.scores
 
 

@@ -110,7 +110,7 @@ class WeightRow(Row):
     Attributes:
         id: the example's id.
         weight: omega_i (0 when not selected; all weights sum to 1).
-        estimate: gain estimate of the last round.
+        estimate: gain estimate of the round whose weights these are.
         reason: why it is in or out, in a few words.
     """
 
@@ -157,7 +157,7 @@ class Solution(Record):
     Attributes:
         rows: every candidate, selected or not, in the order given.
         rounds: the course of the selection.
-        scores: the score table of the last scoring that covered all candidates.
+        scores: gains of all candidates at the best round, by which the weights were chosen.
         stopped: why it ended.
         fallback: ``none``, ``random_k`` (no signal: a random draw of equal size, uniform weights) or
             ``empty`` (no candidate promises a gain).

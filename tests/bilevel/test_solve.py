@@ -188,6 +188,29 @@ def test_rolls_back_to_the_best_round_when_heldout_j_falls(
     assert not kept & set(found.rounds[best + 1].added)
 
 
+def test_a_rolled_back_round_leaves_neither_its_gains_nor_its_ranking(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [1.0, 0.5])
+    told: list[ScoreTable] = []
+    problem = outer(n_selected=4, rounds=2, patience=1, estimator="mean")
+    found = solve(InnerSolver(tiny_policy()), INNER, problem, QUIET, None, told.append)
+    assert [entry.accepted for entry in found.rounds] == [True, False]
+    assert found.scores == told[0]  # the selected were chosen by the first scoring
+    assert [row.estimate for row in found.rows] == [row.estimate for row in told[0].rows]
+    reasons = {row.id: row.reason for row in found.rows}
+    assert found.rounds[1].added
+    assert {reasons[name] for name in found.rounds[1].added} == {"tried in round 2, rolled back"}
+    lowest = min(row.estimate for row in found.rows if row.weight > 0)
+    assert all(row.estimate <= lowest for row in found.rows if row.reason == "ranked below the selected")
+
+
+def test_the_gains_of_an_accepted_later_round_are_the_record(monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, [0.0, 1.0])
+    told: list[ScoreTable] = []
+    problem = outer(n_selected=4, rounds=2, estimator="mean")
+    found = solve(InnerSolver(tiny_policy()), INNER, problem, QUIET, None, told.append)
+    assert found.scores != told[0] and found.scores.reliability.split_half == found.rounds[1].split_half
+
+
 def test_rising_heldout_j_uses_all_rounds(monkeypatch: pytest.MonkeyPatch):
     scripted(monkeypatch, [0.0, 1.0])
     found = run(outer(n_selected=4, rounds=2, estimator="mean"))
@@ -288,6 +311,7 @@ def test_small_weights_are_dropped_and_reported(monkeypatch: pytest.MonkeyPatch)
     entry = found.rounds[0]
     assert entry.dropped
     assert set(found.weights) == set(entry.added) - set(entry.dropped)
+    assert {row.reason for row in found.rows if row.id in entry.dropped} == {"weight fell to 0 in round 1"}
     assert min(found.weights.values()) >= 0.5 / 4
     assert math.fsum(found.weights.values()) == pytest.approx(1.0)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from u2a.bilevel.gains import Gains, OuterProblem
 from u2a.bilevel.search_state import SearchState
 from u2a.record import derive_seed
-from u2a.solution import Solution, WeightRow
+from u2a.solution import Round, Solution, WeightRow
 from u2a.stream import permutation
 from u2a.unlearn import InnerProblem
 
@@ -38,21 +38,33 @@ def solution_of(inner: InnerProblem, state: SearchState, fallback: str) -> Solut
     Returns:
         The best weights found, with a reason per candidate.
     """
-    assert state.last is not None
-    estimates = [row.estimate for row in state.last.rows]
+    assert state.scores is not None
+    later = _lost(state.rounds)
     rows = []
-    for k, row in enumerate(inner.forget):
-        weight = float(state.best_weights[k])
-        reason = "selected" if weight > 0 else "no gain promised" if estimates[k] <= 0 else "ranked below the selected"
-        rows.append(WeightRow(id=row.id, weight=weight, estimate=estimates[k], reason=reason))
+    for row, score, weight in zip(inner.forget, state.scores.rows, state.best_weights.tolist(), strict=True):
+        ranked = "no gain promised" if score.estimate <= 0 else "ranked below the selected"
+        reason = "selected" if weight > 0 else later.get(row.id, ranked)
+        rows.append(WeightRow(id=row.id, weight=weight, estimate=score.estimate, reason=reason))
     return Solution(
         rows=tuple(rows),
         rounds=tuple(state.rounds),
-        scores=state.last,
+        scores=state.scores,
         stopped=state.stopped + _lower(state),
         fallback=fallback,  # type: ignore[arg-type]
         start_heldout=state.start_heldout,
     )
+
+
+def _lost(rounds: Sequence[Round]) -> dict[str, str]:
+    """Why candidates that were tried are out, by id: what the last round that touched them did."""
+    reasons: dict[str, str] = {}
+    for record in rounds:
+        number = record.index + 1
+        if record.accepted:
+            reasons |= dict.fromkeys(record.dropped, f"weight fell to 0 in round {number}")
+        else:
+            reasons |= dict.fromkeys(record.added, f"tried in round {number}, rolled back")
+    return reasons
 
 
 def _lower(state: SearchState) -> str:

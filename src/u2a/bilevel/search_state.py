@@ -28,7 +28,7 @@ class SearchState:
         best_value: J of that round.
         stale: rounds since then.
         rounds: the rounds so far.
-        last: gains of the last round.
+        scores: gains of the best round so far, by which its candidates were chosen; of the first one before that.
         result: what the last inner run did.
         stopped: why the search ended.
         searching: rounds are still to come.
@@ -40,7 +40,7 @@ class SearchState:
     best_value: float = -math.inf
     stale: int = 0
     rounds: list[Round] = field(default_factory=list)
-    last: ScoreTable | None = None
+    scores: ScoreTable | None = None
     result: UnlearnResult | None = None
     stopped: str = "rounds used up"
     searching: bool = True
@@ -73,7 +73,7 @@ def save_state(state: SearchState, policy: Policy, folder: Path | None, key: str
         "best_value": state.best_value,
         "stale": state.stale,
         "rounds": [each.model_dump(mode="json") for each in state.rounds],
-        "last": None if state.last is None else state.last.model_dump(mode="json"),
+        "scores": None if state.scores is None else state.scores.model_dump(mode="json"),
         "result": None if state.result is None else state.result.model_dump(mode="json"),
         "stopped": state.stopped,
         "searching": state.searching,
@@ -98,7 +98,7 @@ def load_state(policy: Policy, folder: Path | None, key: str) -> SearchState | N
     if folder is None or not is_whole(folder / _FOLDER):
         return None
     tree = read_tree(folder / _FOLDER, _FILE)
-    if tree["key"] != key:
+    if tree["key"] != key or "scores" not in tree:  # of another search, or written by an earlier version
         return None
     policy.restore(tree["theta"])
     set_random_state(tree["random"])
@@ -108,7 +108,7 @@ def load_state(policy: Policy, folder: Path | None, key: str) -> SearchState | N
         best_value=tree["best_value"],
         stale=tree["stale"],
         rounds=[Round.model_validate(each) for each in tree["rounds"]],
-        last=None if tree["last"] is None else ScoreTable.model_validate(tree["last"]),
+        scores=None if tree["scores"] is None else ScoreTable.model_validate(tree["scores"]),
         result=None if tree["result"] is None else UnlearnResult.model_validate(tree["result"]),
         stopped=tree["stopped"],
         searching=tree["searching"],

@@ -170,13 +170,14 @@ def _round(
     if certified:
         state.ended(certified)
         return None
-    state.last = gains.table
+    state.scores = state.scores or gains.table
     added, dropped = _update(state, gains, inner, outer, most)
     if not bool(state.weights.any()):
         state.ended("no candidate promises a gain")
         return None
     if search.judges:
-        search.try_weights(state, _Step(start, gains, gap, added, dropped))
+        if search.try_weights(state, _Step(start, gains, gap, added, dropped)):
+            state.scores = gains.table
         _stop(state, outer, bool(added))
     else:
         state.best_weights = state.weights
@@ -222,8 +223,8 @@ class _Search:
         with self.console.phase(f"inner run, {label}", self.inner.section.max_steps, "steps", saves=True) as advance:
             return self.solver(self.inner, _mapping(self.inner, weights), label, self.outer.inner_checkpoints, advance)
 
-    def try_weights(self, state: SearchState, step: _Step) -> None:
-        """Solve the inner problem at the trial weights, judge them by J there, and record the round."""
+    def try_weights(self, state: SearchState, step: _Step) -> bool:
+        """Solve the inner problem at the trial weights, judge them by J there, and record the round; True: accepted."""
         label = f"round {len(state.rounds) + 1}" if step.added else "final weights"
         state.result = result = self.inner_run(state.weights, label)
         with self.console.phase("measure round"):
@@ -246,6 +247,7 @@ class _Search:
         state.rounds.append(record)
         if self.on_round:
             self.on_round(record)
+        return record.accepted
 
 
 def _certified(gains: Gains, gap: float | None, outer: OuterProblem) -> str:
