@@ -246,6 +246,26 @@ def test_what_was_done_counts_from_the_records() -> None:
     assert "14.21 to 15.20" in what_was_done(fake_records())
 
 
+@pytest.mark.parametrize(
+    ("fallback", "opening"),
+    [("random_k", "20 of 60 candidates drawn at random, with equal weights"), ("empty", "None of 60 candidates")],
+)
+def test_a_random_draw_or_nothing_is_not_called_a_selection(fallback: str, opening: str) -> None:
+    records = fake_records()
+    assert records.solution
+    solution = records.solution.model_copy(update={"fallback": fallback})
+    if fallback == "empty":
+        rows = tuple(row.model_copy(update={"weight": 0.0}) for row in solution.rows)
+        solution, unlearn = solution.model_copy(update={"rows": rows}), {}
+    else:
+        unlearn = records.unlearn
+    found = replace(records, solution=solution, unlearn=unlearn)
+    said = what_was_done(found)
+    assert said.startswith(opening) and "selected and weighted" not in said
+    assert ("then unlearned with" in said) is (fallback == "random_k") and "not unlearned yet" not in said
+    assert said in render_report(found)
+
+
 def test_changed_options_come_first() -> None:
     rows = {name: (value, default, differs) for name, value, default, differs in option_rows(fake_records().config)}
     changed = {name for name, row in rows.items() if row[2]}

@@ -117,11 +117,13 @@ def what_was_done(records: RunRecords) -> str:
     solution, total = records.solution, len(records.partition.forget)
     if solution is None:
         return f"{total} candidates; none selected yet."
-    names = solution.scores
-    text = (
-        f"{len(solution.weights)} of {total} candidates selected and weighted by their predicted effect on "
-        f"{names.objective} (adjoint {names.adjoint}, estimator {names.estimator})"
-    )
+    names, n = solution.scores, len(solution.weights)
+    effect = f"predicted effect on {names.objective} (adjoint {names.adjoint}, estimator {names.estimator})"
+    if solution.fallback == "empty":
+        return f"None of {total} candidates selected by their {effect}: nothing is unlearned."
+    text = f"{n} of {total} candidates selected and weighted by their {effect}"
+    if solution.fallback == "random_k":
+        text = f"{n} of {total} candidates drawn at random, with equal weights, for want of a signal in their {effect}"
     result = records.unlearn.get("u2a")
     if result is None:
         return f"{text}; not unlearned yet."
