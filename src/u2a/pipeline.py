@@ -236,7 +236,6 @@ class Pipeline:
         section = self.config.reward
         if section.model == "none":
             return None
-        key = self.key("reward", self._reward_options)
 
         def compute() -> RewardTable:
             trained = len(split_reward_pairs(self.partition.reward)[0]) if section.model in TRAINED_HERE else 0
@@ -244,7 +243,7 @@ class Pipeline:
             with self.console.phase("reward analysis"):
                 return analyse(model, self.partition.forget, self.partition.preference, section, trained)
 
-        return self._stage("reward", "rewards", RewardTable, key, compute)
+        return self._stage("reward", "rewards", RewardTable, self.key("reward", self._reward_options), compute)
 
     def scores(self) -> ScoreTable:
         """Only score the candidates (a run does this inside :meth:`solution`).
@@ -293,7 +292,8 @@ class Pipeline:
     def _solve(self, on_scores: Callable[[ScoreTable], None] | None) -> Solution:
         outer = replace(self.outer, checkpoints=self._checkpoints("solve", self._solve_key))
         found = solve(self._inner_solver, self.inner, outer, self.console, self.store.log_round, on_scores)
-        self.store.remove("evaluation", "robustness")
+        arms = (path.stem for path in self.dir.glob("unlearn_*.json"))
+        self.store.remove("evaluation", "robustness", "summary", *arms)
         return found
 
     def arm_weights(self, arm: str) -> dict[str, float] | None:
@@ -342,7 +342,7 @@ class Pipeline:
         with self.console.phase(f"unlearn {arm}", self.config.unlearn.max_steps, "steps", saves=True) as advance:
             result = self._inner_solver(self.inner, weights, arm, checkpoints, advance)
         self.store.drop(name)
-        self.store.remove("evaluation", *(["robustness"] if arm == SOLUTION_ARM else []))
+        self.store.remove("evaluation", "summary", *(["robustness"] if arm == SOLUTION_ARM else []))
         with writing(saved), disk.whole_file(saved) as part:
             save_file(self.policy.snapshot(), part)
         result.save(path)

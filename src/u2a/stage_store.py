@@ -210,14 +210,17 @@ class StageStore:
         write_whole(self.folder / "stages.json", _STAGES.dump_json(left, indent=1).decode() + "\n")
 
     def remove(self, *names: str) -> None:
-        """Remove records of what has changed since: a report, a model card or a gate would take them for this run's.
+        """Remove records of what has changed since, with the pages made from them.
+
+        A report, a model card or a gate would take them for this run's.
 
         Args:
             names: records.
         """
         for name in names:
             self.drop(name)
-            (self.folder / f"{name}.json").unlink(missing_ok=True)
+            for suffix in (".json", ".md"):
+                (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
 
     def log(self, event: str, data: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl``, and tell the tracker.

@@ -19,7 +19,9 @@ from u2a.config_file import load_config
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
 from u2a.record import Record
+from u2a.report import render_report
 from u2a.reward import load_reward_model
+from u2a.run_records import RunRecords, what_was_done
 from u2a.solution import Solution
 from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
 
@@ -320,8 +322,6 @@ def test_options_that_change_no_number_run_nothing_again(
 
 
 def test_dropping_a_control_drops_it_from_the_report(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    from u2a.run_records import RunRecords
-
     assert main(["run", str(tiny_config(evaluation={"controls": ["random_k", "full"]})), "--quiet"]) == 0
     assert set(RunRecords.load(tmp_path / "run").unlearn) == {"u2a", "random_k", "full"}
     assert main(["run", str(tiny_config(evaluation={"controls": ["random_k"]})), "--quiet"]) == 0
@@ -379,9 +379,15 @@ def test_a_new_solution_leaves_no_measurement_of_the_old_one(
 ) -> None:
     assert main(["report", str(finished), "--gate", "not-no"]) in (0, 1)
     changed = ["--quiet", "--set", "solve.selected_frac=0.3"]
+    verdict = EvalTable.load(finished / "evaluation.json").verdict
+    (finished / "robustness.md").write_text("of the old solution")
     for stage in ("solve", "unlearn"):
         assert main([stage, str(tiny_config()), *changed]) == 0
-        assert not (finished / "evaluation.json").exists()
+        for name in ("evaluation.json", "summary.json", "robustness.md"):
+            assert not (finished / name).exists(), name
+        records = RunRecords.load(finished)
+        assert what_was_done(records).endswith("; not unlearned yet.") is (stage == "solve")
+        assert verdict not in render_report(records)
     capsys.readouterr()
     assert main(["report", str(finished), "--gate", "not-no"]) == 2
     assert "evaluation.json" in capsys.readouterr().err
