@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from u2a.arms import SOLUTION_ARM
 from u2a.checkpoint import save_folder
 from u2a.config import SOURCES, DataSection, RunConfig
 from u2a.content_hash import content_hash
@@ -101,6 +102,24 @@ def save_merged(policy: Policy, folder: Path) -> Path:
     """
     merged = copy.deepcopy(policy.model).merge_and_unload()  # type: ignore[operator]
     return save_folder(folder, lambda part: [each.save_pretrained(str(part)) for each in (merged, policy.tokenizer)])
+
+
+def save_result(pipeline: Pipeline, merged: bool = False) -> Path:
+    """Save the unlearned model of a run, with a card of everything measured so far.
+
+    Args:
+        pipeline: the run; its policy is left at the solution.
+        merged: also save the merged model where ``model.save_merged`` asks for it.
+
+    Returns:
+        The directory: ``adapter``, or ``model`` where all weights were trained.
+    """
+    pipeline.unlearn_arm(SOLUTION_ARM)
+    policy, folder = pipeline.policy, pipeline.dir
+    saved = save_model(policy, RunRecords.load(folder), folder / ("adapter" if policy.has_adapter else "model"))
+    if merged and pipeline.config.model.save_merged and policy.has_adapter:
+        save_merged(policy, folder / "merged")
+    return saved
 
 
 def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from u2a.arms import arms_of
-from u2a.artifacts import save_merged, save_model, write_run_yaml, write_summary
+from u2a.artifacts import save_model, save_result, write_run_yaml, write_summary
 from u2a.batch_size import memory_for, told_to
 from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.solve import score
@@ -217,10 +217,8 @@ def _all_stages(pipeline: Pipeline) -> Result:
         pipeline.unlearn_arm(arm)
     table = evaluation.table()
     write_summary(pipeline, table)
+    save_result(pipeline, merged=True)
     records = RunRecords.load(folder)
-    save_model(pipeline.policy, records, folder / "adapter" if pipeline.policy.has_adapter else folder / "model")
-    if config.model.save_merged and pipeline.policy.has_adapter:
-        save_merged(pipeline.policy, folder / "merged")
     with console.phase("report"):
         path = write_report(records, folder / "report.html")
         write_candidates(records, folder / "candidates.csv")
@@ -285,19 +283,18 @@ def _one_stage(pipeline: Pipeline, stage: str) -> None:
     elif stage == "unlearn":
         for arm in arms_of(config):
             pipeline.unlearn_arm(arm)
-        pipeline.unlearn_arm("u2a")  # read back: it is what is saved
-        records = RunRecords.load(pipeline.dir)
-        folder = pipeline.dir / ("adapter" if pipeline.policy.has_adapter else "model")
-        console.say(f"saved: {save_model(pipeline.policy, records, folder)}")
+        console.say(f"saved: {save_result(pipeline, merged=True)}")
     elif stage == "robustness":
         table = EvaluationStage(pipeline).robustness()
         text = robustness_markdown(table)
         write_whole(pipeline.dir / "robustness.md", text)
         console.say(text)
+        save_result(pipeline)  # its card knows of the attacks now
         write_report(RunRecords.load(pipeline.dir), pipeline.dir / "report.html")
     else:
         table = EvaluationStage(pipeline).table()
         write_summary(pipeline, table)
+        save_result(pipeline)  # its card has the results now
         console.say(evaluation_table(table))
         console.say(f"Verdict: {table.verdict}")
 

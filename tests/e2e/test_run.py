@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from u2a.checkpoint import verify
 from u2a.cli import main
 from u2a.config import RunConfig
 from u2a.config_file import load_config
@@ -168,6 +169,37 @@ def test_every_stage_alone_gives_what_the_whole_run_gave(
         for name, metric in metrics.items():
             assert (staged.arms[arm][name].value or 0.0) == pytest.approx(metric.value or 0.0, rel=1e-5, abs=1e-6), name
     assert (tmp_path / "staged" / "report.html").exists()
+
+
+def test_stage_by_stage_the_adapter_has_the_card_of_the_whole_run(
+    finished: Path, tiny_config: Callable[..., Path]
+) -> None:
+    whole = finished / "adapter"
+    for stage in ("solve", "unlearn"):
+        assert main([stage, str(tiny_config()), "--quiet", "--set", "output_dir=" + str(finished)]) == 0
+    assert (whole / "README.md").read_text().count("Not evaluated.") == 0, "read back, nothing is forgotten"
+    staged = finished.parent / "staged"
+    words = ["--quiet", "--set", f"output_dir={staged}"]
+    for stage in ("reward", "solve", "unlearn"):
+        assert main([stage, str(tiny_config()), *words]) == 0, stage
+    card = staged / "adapter" / "README.md"
+    assert "Not evaluated." in card.read_text()
+    weights = (staged / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert main(["evaluate", str(tiny_config()), *words]) == 0
+    verify(staged / "adapter")
+    assert card.read_text() == (whole / "README.md").read_text() and "selection beat random-k" in card.read_text()
+    assert (staged / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_the_merged_model_is_saved_by_the_stage_that_unlearns(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = str(tiny_config(model={"save_merged": True}, evaluation={"controls": []}))
+    for stage in ("reward", "solve", "unlearn"):
+        assert main([stage, config, "--quiet"]) == 0, stage
+    verify(tmp_path / "run" / "merged")
+    base = AutoModelForCausalLM.from_pretrained(load_config(config).model.name_or_path)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged"), torch.arange(20)[None]
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["solve", "unlearn", "evaluate", "report"])
