@@ -12,6 +12,7 @@ import yaml
 from fake_records import ANSWERS, PROMPTS, empty_records, fake_records
 from u2a.config import RunConfig
 from u2a.model_card import model_card
+from u2a.robustness.records import Kind, RobustnessRow, RobustnessTable
 
 EVIL = "x|y `z` <script>alert(1)</script> [a](javascript:1)\n# heading\n---\n\"'"
 
@@ -75,6 +76,21 @@ def test_sizes_steps_and_versions() -> None:
     ):
         assert line in card.splitlines()
     assert "9f3c1a77b0d24e55" in card
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        ((), "can bring behaviour back, and none of them was tried here."),
+        (("none",), "can bring behaviour back, and none of them was tried here."),
+        (("none", "quantised"), "in the run's report: quantisation; not tried: fine-tuning, other prompts)."),
+        (("prompt", "relearned", "quantised"), "in the run's report: fine-tuning, quantisation, other prompts)."),
+    ],
+)
+def test_the_attacks_that_were_tried_are_named(kinds: tuple[Kind, ...], said: str) -> None:
+    rows = tuple(RobustnessRow(condition=kind, kind=kind, metric="reward", arms={}) for kind in kinds)
+    table = RobustnessTable(original="before", arms=("before", "after"), rows=rows) if kinds else None
+    assert said in model_card(replace(fake_records(), robustness=table), "m")
 
 
 def test_no_text_of_the_data_is_published() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from u2a.console import better_direction, interval, metric_names, metric_scale, number, reliability_sentence
+from u2a.robustness.records import RobustnessTable
 from u2a.run_records import RunRecords, cautions, what_was_done
 from u2a.types import EvalTable, Metric
 
@@ -17,10 +18,11 @@ PACKAGES = ("u2a", "torch", "transformers", "peft")
 _BLOCK_START = re.compile(r"^(|\d+)([-+=~]|[.)](?=\s|$))")  # a list item, a rule or a fence, at the start of a line
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+ATTACKS = {"relearned": "fine-tuning", "quantised": "quantisation", "prompt": "other prompts"}
 LIMITATIONS = (
     "The interval of a metric covers the sampling of prompts only, not another seed, other data or another model.",
     "Unlearning lowers the probability of the candidates' answers. It is no proof that knowledge is gone: "
-    "fine-tuning, quantisation or other prompts can bring behaviour back, and none of them was tried here.",
+    "fine-tuning, quantisation or other prompts can bring behaviour back{tried}.",
     "Reward models and preference pairs are imperfect stand-ins for what people want; errors in them are learned.",
     "Utility was guarded by perplexity on the retain rows; abilities those rows do not exercise may have suffered.",
     "Not checked for safety in use. The limits of the base model remain.",
@@ -54,7 +56,7 @@ def model_card(records: RunRecords, base_model: str) -> str:
         "## How it was made\n",
         _training(records),
         "## Limitations\n",
-        _bullets([*cautions(records), *LIMITATIONS]),
+        _bullets([*cautions(records), *(text.replace("{tried}", _tried(records.robustness)) for text in LIMITATIONS)]),
         "## Versions\n",
         _bullets([f"{name} {number_}" for name, number_ in _versions(records.summary).items()]),
     ]
@@ -146,6 +148,17 @@ def _training(records: RunRecords) -> str:
     if result.scale < 1:
         lines.append(f"scale of the change: {number(result.scale)} (already contained in the saved weights)")
     return _bullets(lines)
+
+
+def _tried(table: RobustnessTable | None) -> str:
+    """Which attacks were tried: the end of a sentence that names all."""
+    kinds = {row.kind for row in table.rows} if table else set()
+    tried = [words for kind, words in ATTACKS.items() if kind in kinds]
+    left = [words for kind, words in ATTACKS.items() if kind not in kinds]
+    if not tried:
+        return ", and none of them was tried here"
+    rest = f"; not tried: {', '.join(left)}" if left else ""
+    return f" (tried here, with the results in the run's report: {', '.join(tried)}{rest})"
 
 
 def _versions(summary: dict[str, Any]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from u2a.checkpoint import verify
 from u2a.cli import main
 from u2a.compare import Comparison
 from u2a.config_file import load_config
@@ -171,6 +172,9 @@ def test_robustness_attacks_the_start_and_the_solution_alike(
     assert {row.metric for row in table.rows} >= {"log_prob/forget", "log_prob/retain", "refused"}
     assert (tmp_path / "run" / "robustness.md").read_text().startswith("### log_prob/forget")
     assert (tmp_path / "run" / "arms" / "u2a.safetensors").read_bytes() == adapter
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "in the run's report: fine-tuning, quantisation, other prompts)" in card and "selection beat" in card
+    verify(tmp_path / "run" / "adapter")
 
 
 def test_compare_pairs_the_runs_on_shared_prompts(
