@@ -118,9 +118,10 @@ def fake_solution(partition: Partition, text: str = "in the best block of round 
         for row in scores.rows
     )  # fmt: skip
     rounds = (
-        Round(index=0, objective_pa=-0.0931, objective_heldout=-0.11, retain_ppl=14.21, n_selected=10, seconds=31.0),
+        Round(index=0, objective_pa=-0.0931, objective_heldout=-0.11, retain_ppl=14.21, n_selected=10, seconds=31.0,
+              added=tuple(row.id for row in best[:10])),
         Round(index=1, objective_pa=-0.041, objective_heldout=-0.072, retain_ppl=14.66, fw_gap=0.0311, n_selected=20,
-              split_half=0.41, seconds=33.5),
+              split_half=0.41, seconds=33.5, added=tuple(row.id for row in best[-10:])),
         Round(index=2, objective_pa=-0.012, objective_heldout=-0.081, retain_ppl=15.4, fw_gap=0.0122, n_selected=20,
               accepted=False, split_half=0.37, seconds=34.1),
     )  # fmt: skip

@@ -20,10 +20,11 @@ from u2a.console import (
     reliability_text,
     samples_text,
     selection_text,
+    selection_words,
     tone,
 )
 from u2a.evaluation.metrics import METRICS
-from u2a.solution import Solution, WeightRow
+from u2a.solution import Round, Solution, WeightRow
 from u2a.types import Contrast, EvalTable, Metric
 
 EVIL = "\x1b[31mred\x07\u202e \u2603 tab\there\n" + "long " * 80
@@ -122,6 +123,38 @@ def test_fallback_is_said(fallback: str, word: str) -> None:
     rows = tuple(WeightRow(id=row.id, weight=0.0) for row in partition.forget)
     solution = Solution(rows=rows, scores=fake_scores(partition), stopped="no signal", fallback=fallback)  # type: ignore[arg-type]
     assert word in selection_text(solution)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "words"),
+    [
+        ("", "selected in 1 round, which was not measured; stopped: why"),
+        ("a", "selected in 1 round; stopped: why"),
+        ("aA", "selected in 2 rounds (1 of them rolled back); stopped: why"),
+        ("ar", "selected in 1 round, then weighted anew; stopped: why"),
+        ("aaR", "selected in 2 rounds, then weighted anew (rolled back); stopped: why"),
+    ],
+)
+def test_the_rounds_that_added_candidates_are_counted(rounds: str, words: str) -> None:
+    """a: a round that adds, r: the refinement; capital letters: rolled back."""
+    solution = fake_solution(fake_partition(60))
+    course = tuple(
+        Round(index=k, objective_pa=0.0, n_selected=3, added=("x",) * (kind in "aA"), accepted=kind.islower())
+        for k, kind in enumerate(rounds)
+    )
+    assert (
+        selection_words(solution.model_copy(update={"rounds": course, "stopped": "why"}))
+        == f"20 of 60 candidates {words}"
+    )
+
+
+def test_a_draw_and_an_empty_selection_count_no_round() -> None:
+    solution = fake_solution(fake_partition(60)).model_copy(update={"rounds": (), "stopped": "why"})
+    drawn = solution.model_copy(update={"fallback": "random_k"})
+    assert selection_words(drawn) == "20 of 60 candidates drawn at random; stopped: why"
+    rows = tuple(row.model_copy(update={"weight": 0.0}) for row in solution.rows)
+    empty = solution.model_copy(update={"fallback": "empty", "rows": rows})
+    assert selection_words(empty) == "0 of 60 candidates selected; stopped: why"
 
 
 def test_every_line_fits_and_is_plain_ascii() -> None:

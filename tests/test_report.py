@@ -266,6 +266,15 @@ def test_a_random_draw_or_nothing_is_not_called_a_selection(fallback: str, openi
     assert said in render_report(found)
 
 
+def test_a_lone_round_that_nothing_measured_is_no_lack_of_rounds() -> None:
+    records = fake_records()
+    assert records.solution
+    why = "one round, and nothing to judge it by: its inner run is left out"
+    page = render_report(replace(records, solution=records.solution.model_copy(update={"rounds": (), "stopped": why})))
+    assert f"No round was measured: {why}." in page and "in 1 round, which was not measured" in page
+    assert "0 rounds" not in page and "No rounds" not in page
+
+
 def test_changed_options_come_first() -> None:
     rows = {name: (value, default, differs) for name, value, default, differs in option_rows(fake_records().config)}
     changed = {name for name, row in rows.items() if row[2]}

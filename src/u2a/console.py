@@ -295,6 +295,34 @@ def selection_text(solution: Solution, top: int = 10) -> str:
     return text
 
 
+def selection_words(solution: Solution) -> str:
+    """Say how many candidates were selected, in how many rounds, and why it ended there.
+
+    Args:
+        solution: the weighted set.
+
+    Returns:
+        One sentence without a full stop. Only rounds that added candidates are counted; a round without one, such as
+        the final refinement, moved weights.
+    """
+    text = f"{len(solution.weights)} of {len(solution.rows)} candidates "
+    adding = [item for item in solution.rounds if item.added]
+    back = sum(not item.accepted for item in adding)
+    if solution.fallback == "random_k":
+        text += "drawn at random"
+    elif solution.fallback == "empty" or not solution.weights:
+        text += "selected"
+    elif not adding:
+        text += "selected in 1 round, which was not measured"
+    else:
+        text += f"selected in {len(adding)} round{'' if len(adding) == 1 else 's'}"
+        text += f" ({back} of them rolled back)" if back else ""
+    if len(adding) < len(solution.rounds):
+        text += ", then weighted anew"
+        text += "" if solution.rounds[-1].accepted else " (rolled back)"
+    return f"{text}; stopped: {solution.stopped}"
+
+
 FALLBACK_SENTENCES: dict[str, str] = {
     "random_k": "No signal was found in the gains: the selection is a random draw with uniform weights.",
     "empty": "No candidate promises a gain: nothing was selected.",

@@ -26,6 +26,7 @@ from u2a.console import (
     metric_scale,
     number,
     reliability_sentence,
+    selection_words,
     tone,
 )
 from u2a.content_hash import content_hash
@@ -241,6 +242,7 @@ def _environment() -> Environment:
         "in_words": in_words,
         "interval": interval,
         "number": number,
+        "selection_words": selection_words,
         "tone": tone,
         "tone_words": TONE_WORDS,
     }
