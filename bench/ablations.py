@@ -280,7 +280,9 @@ def reducer_reliability(
                         torch.tensor([row.estimate for row in found.rows], dtype=torch.float64), unseen
                     ),
                     "gradient_cosine": trust.gradient_cosine if same_metric else None,
-                    "signal_to_noise": trust.signal_sd / trust.noise_sd if trust.noise_sd > 0 else None,
+                    "signal_to_noise": trust.signal_sd / trust.noise_sd
+                    if trust.noise_sd and trust.signal_sd is not None
+                    else None,
                 }
             )
     return rows

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fake_records import empty_records, fake_partition, fake_records
+from fake_records import empty_records, fake_partition, fake_records, fake_reliability
 from u2a import report
 from u2a.console import interval, metric_scale, number
 from u2a.errors import RecordError
@@ -264,6 +264,15 @@ def test_a_random_draw_or_nothing_is_not_called_a_selection(fallback: str, openi
     assert said.startswith(opening) and "selected and weighted" not in said
     assert ("then unlearned with" in said) is (fallback == "random_k") and "not unlearned yet" not in said
     assert said in render_report(found)
+
+
+def test_one_fold_is_not_called_an_arbitrary_choice() -> None:
+    records = fake_records()
+    assert records.solution
+    trust = fake_reliability(signal_sd=None, noise_sd=None, n_folds=1, split_half=None, full_set=None)
+    scores = records.solution.scores.model_copy(update={"reliability": trust})
+    page = render_report(replace(records, solution=records.solution.model_copy(update={"scores": scores})))
+    assert "one fold cannot show it" in page and "arbitrary" not in page and "<dd>- / - (which ones?)</dd>" in page
 
 
 def test_a_lone_round_that_nothing_measured_is_no_lack_of_rounds() -> None:

@@ -174,6 +174,10 @@ def _ranking_sentence(found: Reliability) -> str:
 
 
 def _ranking_words(found: Reliability) -> str:
+    if found.n_candidates < 2:
+        return "With one candidate there is nothing to choose."
+    if found.signal_sd is None or found.n_folds < 2:
+        return "Whether the candidates differ by more than noise is not known (one fold cannot show it)."
     if found.signal_sd <= 0:
         return "No difference between candidates stands out of the noise: which ones are chosen is arbitrary."
     if found.split_half is None:

@@ -59,9 +59,10 @@ class Reliability(Row):
         gradient_cosine: cosine of the two halves' gradients of J.
         mean_gain: average gain ("does unlearning as such help?").
         mean_gain_se: its standard error over folds, or None.
-        signal_sd: estimated standard deviation of the true centred gains (0 = no signal found).
-        noise_sd: root mean square standard error of the centred gains.
-        p_signal: p-value of "no signal" over flips of whole folds' signs, or None with one fold.
+        signal_sd: estimated standard deviation of the true centred gains (0 = no signal found), or None with one fold
+            or one candidate, as the next two.
+        noise_sd: root mean square standard error of the centred gains, or None.
+        p_signal: p-value of "no signal" over flips of whole folds' signs, or None.
         n_pairs, n_folds, n_candidates: sizes.
     """
 
@@ -70,8 +71,8 @@ class Reliability(Row):
     gradient_cosine: float | None = None
     mean_gain: float
     mean_gain_se: float | None = None
-    signal_sd: float
-    noise_sd: float
+    signal_sd: float | None = None
+    noise_sd: float | None = None
     p_signal: float | None = None
     n_pairs: int
     n_folds: int

@@ -195,6 +195,12 @@ def test_reliability_of_pure_noise_is_near_zero_and_of_pure_signal_one():
     assert pure.signal_sd > 0.5
 
 
+@pytest.mark.parametrize(("candidates", "folds"), [(5, 1), (1, 4), (1, 1)])
+def test_what_one_fold_or_one_candidate_cannot_show_is_none(candidates: int, folds: int):
+    found = found_reliability(table(0, candidates, folds, 1.0, 1.0), [4] * folds)
+    assert (found.signal_sd, found.noise_sd, found.p_signal, found.split_half) == (None, None, None, None)
+
+
 def test_spearman_brown_predicts_the_correlation_of_two_whole_sets():
     predicted, measured = [], []
     for seed in range(60):

@@ -156,7 +156,8 @@ def reliability(fold_gains: Tensor, fold_sizes: Sequence[int], gram: Tensor, sta
     Returns:
         Split-half Spearman and gradient cosine, averaged over all ways to split the folds into two halves of
         (nearly) equal number, with Spearman-Brown's prediction for the whole set (None where the halves
-        contradict each other, for which the formula has no meaning).
+        contradict each other, for which the formula has no meaning). With one fold or one candidate there is neither
+        signal nor noise to speak of: None.
     """
     n, folds = fold_gains.shape
     sizes = torch.tensor(fold_sizes, dtype=torch.float64)
@@ -173,16 +174,18 @@ def reliability(fold_gains: Tensor, fold_sizes: Sequence[int], gram: Tensor, sta
         if size > 0:
             cosines.append(float(a @ gram @ b) / math.sqrt(size))
     split = sum(ranks) / len(ranks) if ranks else None
-    noise = 0.0 if statistics.se is None else float(statistics.se.square().mean().sqrt())
+    signal_sd = noise_sd = None
+    if n > 1 and statistics.se is not None and statistics.signal_var is not None:
+        signal_sd, noise_sd = max(0.0, statistics.signal_var) ** 0.5, float(statistics.se.square().mean().sqrt())
     return Reliability(
         split_half=split,
         full_set=None if split is None or split < 0.0 else 2 * split / (1 + split),
         gradient_cosine=sum(cosines) / len(cosines) if cosines else None,
         mean_gain=statistics.mean_gain,
         mean_gain_se=statistics.mean_gain_se,
-        signal_sd=math.sqrt(max(0.0, statistics.signal_var or 0.0)),
-        noise_sd=noise,
-        p_signal=statistics.p_signal,
+        signal_sd=signal_sd,
+        noise_sd=noise_sd,
+        p_signal=statistics.p_signal if n > 1 else None,
         n_pairs=sum(fold_sizes),
         n_folds=folds,
         n_candidates=n,
