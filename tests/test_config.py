@@ -195,6 +195,9 @@ def test_data_paths_are_relative_to_the_file_hub_names_stay(tmp_path: Path) -> N
     assert config.data.pairs == str(tmp_path / "d" / "p.jsonl")
     assert (config.data.retain, config.data.forget) == ("hub:a/b", "/x/y.jsonl")
     assert load_config(None, ["data.pairs=p.jsonl"]).data.pairs == "p.jsonl"
+    config = load_config(yaml_file(tmp_path, "robustness: {paraphrases: p.jsonl}\nmodel: {name_or_path: d}\n"))
+    assert config.robustness.paraphrases == str(tmp_path / "p.jsonl")
+    assert config.model.name_or_path == "d", "names of models count from the working directory"
 
 
 def test_run_yaml_replays_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

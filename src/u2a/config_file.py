@@ -306,6 +306,8 @@ def _resolved(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(evaluation, dict) and isinstance(sets := evaluation.get("prompt_sets"), list):
         found = [{**item, "path": resolved(item.get("path"))} if isinstance(item, dict) else item for item in sets]
         out["evaluation"] = {**evaluation, "prompt_sets": found}
+    if isinstance(robustness := tree.get("robustness"), dict) and "paraphrases" in robustness:
+        out["robustness"] = {**robustness, "paraphrases": resolved(robustness["paraphrases"])}
     return out
 
 

@@ -38,6 +38,31 @@ def named_content(name: str | None) -> str:
     )
 
 
+def with_lasting_names(config: RunConfig) -> RunConfig:
+    """Name every local model, and the file of paraphrases, so that the names hold from every working directory.
+
+    Args:
+        config: all options.
+
+    Returns:
+        The options with absolute paths for what lies in the file system; hub ids and packages are as they were.
+    """
+    names = {
+        "model": ("name_or_path",),
+        "reward": ("name_or_path", "eval_name_or_path", "second_name_or_path"),
+        "solve": ("cluster_embedder",),
+        "evaluation": ("embedder",),
+        "robustness": ("paraphrases",),
+    }
+    changes = {}
+    for section, options in names.items():
+        old = getattr(config, section)
+        places = {option: Path(name).absolute() for option in options if (name := getattr(old, option))}
+        found = {option: str(place) for option, place in places.items() if place.exists()}
+        changes[section] = old.model_copy(update=found)
+    return config.model_copy(update=changes)
+
+
 def model_identity(name: str, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Tell models apart that are called alike.
 

@@ -29,7 +29,7 @@ from u2a.evaluation.generation import Decoding, generate
 from u2a.finetune import finetune, mixture, n_steps
 from u2a.model_loading import check_adapter_layers, load_model, load_tokenizer
 from u2a.modeling import Policy
-from u2a.named_content import model_identity, named_content
+from u2a.named_content import model_identity, named_content, with_lasting_names
 from u2a.packaged import is_converted
 from u2a.partition import describe, partition
 from u2a.progress import Console
@@ -70,7 +70,7 @@ class Pipeline:
         tokenizer: PreTrainedTokenizerBase | None = None,
         only: str | None = None,
     ) -> None:
-        self.config, self.console = config, console
+        self.config, self.console = with_lasting_names(config), console
         self.dir = Path(config.output_dir)
         self.sources: Mapping[str, Source] = sources or {}
         self._model, self._tokenizer = model, tokenizer

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from e2e.conftest import pair_rows
 from u2a.checkpoint import verify
 from u2a.cli import main
 from u2a.compare import Comparison
@@ -49,6 +50,7 @@ def attacked_config(tiny_config: Callable[..., Path], tiny_files: Path, tmp_path
     def make(**changes: dict) -> Path:
         given = evaluation | changes.pop("evaluation", {})
         robustness = {"relearn_steps": [1, 2], "relearn_rows": 4, "prompts": 2, "schemes": ["int4"]}
+        robustness |= changes.pop("robustness", {})
         return tiny_config(evaluation=given, robustness=robustness, **changes)
 
     return make
@@ -175,6 +177,24 @@ def test_robustness_attacks_the_start_and_the_solution_alike(
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "in the run's report: fine-tuning, quantisation, other prompts)" in card and "selection beat" in card
     verify(tmp_path / "run" / "adapter")
+
+
+def test_paraphrases_count_from_the_directory_of_the_configuration_file(
+    attacked_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topics = (pair["prompt"] for pair in pair_rows(60))
+    write_jsonl(tmp_path / "other-words.jsonl", [{"prompt": text, "paraphrase": f"Please: {text}"} for text in topics])
+    options = {"paraphrases": "other-words.jsonl", "prompt_attacks": False, "relearn_rows": 0, "schemes": []}
+    config = attacked_config(robustness=options, evaluation={"controls": []})
+    for stage in ("reward", "solve", "unlearn"):
+        assert main([stage, str(config), "--quiet"]) == 0
+    monkeypatch.chdir("/")
+    assert main(["evaluate", str(config), "--robustness", "--quiet"]) == 0
+    rows = RobustnessTable.load(tmp_path / "run" / "robustness.json").rows
+    assert {row.condition for row in rows} == {"none", "prompt paraphrase"}
+    attacked = "u2a.evaluation_stage.robustness"
+    monkeypatch.setattr(attacked, lambda *_, **__: pytest.fail("attacked again under the replayed options"))
+    assert main(["evaluate", str(tmp_path / "run" / "run.yaml"), "--robustness", "--quiet"]) == 0
 
 
 def test_compare_pairs_the_runs_on_shared_prompts(

@@ -156,6 +156,26 @@ def test_run_yaml_replays_the_run_bit_for_bit(finished: Path, tmp_path: Path) ->
     assert Solution.load(other / "solution.json").weights == first.weights
 
 
+def test_run_yaml_replays_from_every_directory_what_was_named_relative_to_one(
+    tiny_config: Callable[..., Path], tiny_files: Path, tiny_encoder: str, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(tiny_files / "model", tmp_path / "model")
+    shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    reward = {"model": "embedding", "name_or_path": "encoder"}
+    config = tiny_config(model={"name_or_path": "model"}, reward=reward, evaluation={"embedder": "./encoder"})
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(config), "--quiet"]) == 0
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())["content_hash"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    replay = ["run", str(tmp_path / "run" / "run.yaml"), "--quiet"]
+    assert main([*replay, "--set", "output_dir=again"]) == 0
+    assert json.loads(Path("again/summary.json").read_text())["content_hash"] == before
+    for name in ("pipeline.solve", "pipeline.analyse", "evaluation_stage.evaluate_arm"):
+        monkeypatch.setattr(f"u2a.{name}", lambda *_, **__: pytest.fail("a finished stage was run again"))
+    assert main(replay) == 0
+
+
 def test_every_stage_alone_gives_what_the_whole_run_gave(
     finished: Path, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
