@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, get_origin
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -208,7 +209,9 @@ def test_run_yaml_replays_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     yaml_file(tmp_path, "data: {pairs: p.jsonl}\nunlearn: {loss: ga, learning_rate: 3e-5}\nmodel: {name_or_path: m}\n")
     config = load_config("config.yaml", ["seed=9", "model.adapter.layers=[0, 1]"])
     write_run_yaml(config, tmp_path / "runs" / "run.yaml", "abc")
-    assert yaml.safe_load((tmp_path / "runs" / "run.yaml").read_text())["provenance"]["data_fingerprint"] == "abc"
+    provenance = yaml.safe_load((tmp_path / "runs" / "run.yaml").read_text())["provenance"]
+    assert provenance["data_fingerprint"] == "abc"
+    assert provenance["device"] == ("cuda" if torch.cuda.is_available() else "cpu"), "the device itself, not auto"
     monkeypatch.chdir("/")
     again = load_config(tmp_path / "runs" / "run.yaml")
     assert again.data.pairs == str(tmp_path / "p.jsonl")

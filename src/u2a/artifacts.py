@@ -19,6 +19,7 @@ from u2a.checkpoint import save_folder
 from u2a.config import SOURCES, DataSection, RunConfig
 from u2a.content_hash import content_hash
 from u2a.model_card import model_card
+from u2a.model_loading import pick_device
 from u2a.modeling import Policy
 from u2a.pipeline import Pipeline
 from u2a.record import write_whole
@@ -137,7 +138,7 @@ def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
     tree["provenance"] = {
         "versions": versions(),
         "git": _git(),
-        "device": "cuda" if config.model.device == "auto" and torch.cuda.is_available() else config.model.device,
+        "device": str(pick_device("auto")) if config.model.device == "auto" else config.model.device,
         "machine": f"{_processor()}, {torch.get_num_threads()} threads, {platform.system()}",
         "seed": config.seed,
         "data_fingerprint": fingerprint,
