@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -67,6 +68,19 @@ def test_an_arm_has_every_metric_and_leaves_the_policy_alone(tmp_path) -> None:
     rows = [policy.encoder.encode(row.prompt, row.completion) for row in PARTITION.retain_parts().evaluation]
     assert arm.metrics["retain_ppl"].value == pytest.approx(policy.perplexity(rows), rel=1e-5)
     assert ArmResult.load(arm.save(tmp_path / "arm.json")) == arm
+
+
+def test_membership_inference_says_nothing_of_the_libraries_below() -> None:
+    policy = tiny_policy(lora_b_sd=0.1)
+    sides = Partition(forget=examples(6)), Instruments(holdout=examples(6, start=80))
+    torch.set_warn_always(True)  # PyTorch says it once per process
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*requires_grad=True to a scalar")
+            arm = evaluate_arm(policy, *sides, EvaluationSection(forget_rows=6, bootstrap=100), 0, QUIET)
+    finally:
+        torch.set_warn_always(False)
+    assert arm.metrics["mia_loss"].value is not None
 
 
 def test_an_arm_without_data_is_undefined_not_zero() -> None:

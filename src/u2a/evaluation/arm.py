@@ -310,7 +310,7 @@ def _forgetting(arm: _Arm) -> dict[str, Metric]:
     metrics = memorisation_metrics(inside, groups, *arm.resampling)
     if holdout:
         start = None
-        if float(arm.policy.change_sq()) > 0:  # at the start itself every difference is 0
+        if float(arm.policy.change_sq().detach()) > 0:  # at the start itself every difference is 0
             with arm.policy.reference():
                 start = token_stats(arm.policy, [*forget, *holdout])
         scores = attack_scores(inside, outside, start)
