@@ -286,6 +286,18 @@ def test_phases_files_counts_and_operations_are_those_of_the_run(configure: Call
         assert word in text
 
 
+def test_the_best_round_is_counted_once_more_where_a_later_one_may_be_rolled_back(
+    configure: Callable[..., Path],
+) -> None:
+    for rounds in (1, 2):
+        solve = SIMPLE["solve"] | {"rounds": rounds, "final_refine": True}
+        forecast = dry_run(load_config(configure(**BARE | {"solve": solve}), [], None), Console(quiet=True))
+        flops = {phase.name: phase.flops for phase in forecast.phases}
+        expected = flops[f"inner run, round {rounds}"] if rounds > 1 else 0.0
+        assert flops["inner run, best round"] == expected, rounds
+        assert flops["inner run, final weights"] > 0.0
+
+
 @pytest.mark.slow
 def test_phases_and_files_of_a_run_with_all_trimmings(configure: Callable[..., Path]) -> None:
     shares = {"finetune_frac": 0.2, "forget_frac": 0.2, "preference_frac": 0.3, "reward_frac": 0.1}

@@ -166,7 +166,9 @@ class Workload:
                 self._inner_run(f"inner run, round {index + 1}", between, self._drawn(min(most, block * (index + 1))))
                 self._measure()
         if section.final_refine and section.mirror_steps and most > 1:
-            self._add("inner run, best round")  # the last round's solution is still there
+            self._add("inner run, best round")
+            if section.rounds > 1:  # the last one may be rolled back; of a lone one the solution is still there
+                self._inner_run("inner run, best round", between, self._drawn(most))
             self._refine(between, self._drawn(most))
 
     def _refine(self, inner: InnerProblem, weights: dict[str, float]) -> None:
@@ -338,11 +340,8 @@ class Workload:
     def _texts(self, role: str, section: RewardSection, *sides: Iterable[Example], trains: bool = False) -> list[Work]:
         """Texts that a reward model reads: for sentence embeddings each prompt and answer once."""
         rows = [row for side in sides for row in side]
-        if section.model in ("embedding", "head"):
-            texts = {prompt_text(row.prompt) for row in rows} | {row.completion for row in rows}
-            count = len(texts)
-        else:
-            count = len(rows)
+        texts = {prompt_text(row.prompt) for row in rows} | {row.completion for row in rows}
+        count = len(texts if section.model in ("embedding", "head") else rows)
         fitted = section.model in ("embedding", "language_model")
         return [Work(role, (), count if fitted or not trains else 0)]
 
