@@ -153,6 +153,7 @@ def test_contrasts_equal_the_record(full: Page) -> None:
     rows = cells(full, "contrasts")[1:]
     assert rows[0][:4] == ["preference_margin", "after − before", "+0.093", "[0.051, 0.134]"]
     assert [row[-1] for row in rows] == ["better", "not shown", "worse", "-"]
+    assert "interval excludes 0 and flipping the signs of whole prompts gives p ≤ 0.05" in full.text
 
 
 def test_every_candidate_stands_in_the_table_with_its_numbers(full: Page) -> None:
