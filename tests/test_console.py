@@ -217,6 +217,12 @@ def test_numbers_keep_three_digits(value: float) -> None:
     assert math.isclose(shown, value, rel_tol=0.006)
 
 
+def test_zero_has_no_minus() -> None:
+    assert number(-0.0) == "0" and number(-0.0, sign=True) == "+0" == number(0.0, sign=True)
+    assert number(-0.0001, 0.5) == "0.000" and number(-0.0001, 0.5, sign=True) == "+0.000"
+    assert number(-0.0006, 0.5) == "-0.001" and number(-1.5) == "-1.500"
+
+
 def test_numbers_beside_each_other_share_decimals() -> None:
     assert interval(0.5, 12.345) == "[0.50, 12.35]"
     assert interval(None, 1.0) == ""

@@ -91,14 +91,16 @@ def number(value: float | None, *alike: float | None, sign: bool = False) -> str
     Returns:
         Text, ``-`` for None.
 
-    >>> number(0.41234), number(12345.6), number(None), number(0.5, 0.0123, sign=True)
-    ('0.412', '12,346', '-', '+0.500')
+    >>> number(0.41234), number(12345.6), number(None), number(0.5, 0.0123, sign=True), number(-0.0001, 0.5)
+    ('0.412', '12,346', '-', '+0.500', '0.000')
     """
     if value is None:
         return "-"
     decimals = decimals_for(value, *alike)
     plus = "+" if sign else ""
-    return f"{value:{plus}.2e}" if decimals is None else f"{value:{plus},.{decimals}f}"
+    if decimals is None:
+        return f"{value:{plus}.2e}"
+    return f"{round(value, decimals) or 0.0:{plus},.{decimals}f}"  # what rounds to zero has no minus
 
 
 def interval(low: float | None, high: float | None, *alike: float | None) -> str:
