@@ -283,8 +283,10 @@ def _reward(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from u2a.compare import compare_runs, comparison_markdown, write_comparison
+    from u2a.compare import check_ending, compare_runs, comparison_markdown, write_comparison
 
+    if options.out is not None:
+        check_ending(options.out)
     found = compare_runs(options.runs, options.arm)
     print(comparison_markdown(found), end="")
     if options.out is not None:

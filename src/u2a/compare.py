@@ -31,7 +31,7 @@ class Comparison(Record):
         metrics: metrics by run.
         contrasts: paired differences, run minus the first run.
         collapsed: what prevails in the answers of a run whose arm has collapsed.
-        left_out: metrics that are not comparable between two runs, and why.
+        left_out: metrics without a difference between two runs, and why.
         verdicts: verdict of every run on its own control.
     """
 
@@ -76,11 +76,17 @@ def compare_runs(folders: Sequence[str | Path], arm: str = "after") -> Compariso
     left_out: list[str] = []
     for run in runs[1:]:
         barred = _barred(run, first)
-        left_out += [f"{run.name}: {', '.join(names)} ({reason})" for reason, names in barred.items()]
         groups = item_groups(run.records.partition) | item_groups(first.records.partition)
         found = contrasts_of(run.result, first.result, (run.name, first.name), groups, resampling)
         never = {name for names in barred.values() for name in names}
-        contrasts += [item for item in found if item.metric.split("/")[0] not in never]
+        found = [item for item in found if item.metric.split("/")[0] not in never]
+        contrasts += found
+        measured = [one.table.arms[arm] for one in (run, first)]
+        without = barred | {UNPAIRED: _unpaired(measured, never, {item.metric for item in found})}
+        there = {name.split("/")[0] for metrics in measured for name in metrics}
+        for reason, each in without.items():
+            shown = [name for name in each if name.split("/")[0] in there]
+            left_out += [f"{run.name}: {', '.join(shown)} ({reason})"] if shown else []
     return Comparison(
         arm=arm,
         runs=tuple(names),
@@ -96,6 +102,7 @@ COHERENCE = ("coherence", "coherence_minilm")
 ANSWERS = ("refusal_rate", "degenerate_rate", "answer_words", *COHERENCE, "echo_rate", "distinct_2")
 JUDGED = ("asr", "over_refusal", "incoherent_rate")
 REWARDS = ("reward", "reward_second")
+UNPAIRED = "no values in both runs that could be paired"
 
 
 def _barred(run: _Run, first: _Run) -> dict[str, tuple[str, ...]]:
@@ -118,6 +125,12 @@ def _barred(run: _Run, first: _Run) -> dict[str, tuple[str, ...]]:
     if not reward:
         barred["the reward models were trained on other pairs, or are others"] = REWARDS
     return barred
+
+
+def _unpaired(measured: Sequence[dict[str, Metric]], barred: set[str], paired: set[str]) -> tuple[str, ...]:
+    """Metrics of both runs that have no paired difference, although nothing bars it."""
+    one, other = measured
+    return tuple(name for name in one if name in other and name not in paired and name.split("/")[0] not in barred)
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -192,6 +205,19 @@ def comparison_html(found: Comparison) -> str:
     return template.render(found=found, rows=_rows(found), metric_cell=_metric_cell)
 
 
+def check_ending(path: Path) -> None:
+    """Refuse a file that :func:`write_comparison` would refuse, before anything is compared.
+
+    Args:
+        path: where a comparison is to be written.
+
+    Raises:
+        ConfigError: another ending than ``.html``, ``.md`` or ``.json``.
+    """
+    if path.suffix not in (".html", ".md", ".json"):
+        raise ConfigError(f"--out {path}: expected .html, .md or .json")
+
+
 def write_comparison(found: Comparison, path: Path) -> Path:
     """Write a comparison to a file.
 
@@ -205,10 +231,9 @@ def write_comparison(found: Comparison, path: Path) -> Path:
     Raises:
         ConfigError: another ending.
     """
+    check_ending(path)
     if path.suffix == ".json":
         return found.save(path)
-    if path.suffix not in (".html", ".md"):
-        raise ConfigError(f"--out {path}: expected .html, .md or .json")
     write_whole(path, comparison_html(found) if path.suffix == ".html" else comparison_markdown(found))
     return path
 

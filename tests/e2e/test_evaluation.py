@@ -202,6 +202,7 @@ def test_compare_pairs_the_runs_on_shared_prompts(
 ) -> None:
     for loss in ("npo", "ga"):
         options = ["--set", f"unlearn.loss={loss}", "--set", f"output_dir={tmp_path / loss}"]
+        options += ["--set", "evaluation.forget_rows=4", "--set", f"evaluation.max_new_tokens={len(loss)}"]
         assert main(["run", str(tiny_config()), "--quiet", *options]) == 0
     capsys.readouterr()
     out = tmp_path / "compared.json"
@@ -211,6 +212,13 @@ def test_compare_pairs_the_runs_on_shared_prompts(
     margins = [found.metrics[run]["preference_margin"].value for run in found.runs]
     contrast = next(item for item in found.contrasts if item.metric == "preference_margin")
     assert contrast.difference == pytest.approx(margins[1] - margins[0]) and contrast.first == "ga"
+    contrasted, both = {item.metric for item in found.contrasts}, set.intersection(*map(set, found.metrics.values()))
+    lines = [text.removeprefix("ga: ").partition(" (") for text in found.left_out]
+    named = {reason: names.split(", ") for names, _, reason in lines}
+    assert sorted(name for names in named.values() for name in names) == sorted(both - contrasted), "each of them once"
+    assert "mia_loss" in named["no values in both runs that could be paired)"]
+    assert "answer_words" in named["answers were drawn under another rule)"]
+    assert not any("asr" in text or "coherence" in text for text in found.left_out), "neither run has them"
     page = tmp_path / "compared.html"
     assert main(["compare", str(tmp_path / "npo"), str(tmp_path / "ga"), "--out", str(page)]) == 0
     assert "Content-Security-Policy" in page.read_text() and "<script" not in page.read_text()
@@ -219,6 +227,8 @@ def test_compare_pairs_the_runs_on_shared_prompts(
 def test_wrong_calls_end_with_one_clear_line(
     tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main(["compare", str(tmp_path), str(tmp_path / "other"), "--out", str(tmp_path / "x.pdf")]) == 2
+    assert "x.pdf: expected .html, .md or .json" in capsys.readouterr().err, "told before anything is read"
     assert main(["compare", str(tmp_path)]) == 2
     assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
     assert main(["reward", "train", "--base", "x"]) == 2
