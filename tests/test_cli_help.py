@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from u2a import __version__
 from u2a.cli import build_parser, main
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "pydantic", "numpy", "scipy", "jinja2", "yaml")
@@ -21,6 +22,13 @@ def commands(parser: argparse.ArgumentParser) -> list[list[str]]:
         if isinstance(action, argparse._SubParsersAction):
             found += [[name, *rest] for name, inner in action.choices.items() for rest in commands(inner)]
     return found
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "u2a", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"u2a {__version__}\n"
+    wrong = subprocess.run([sys.executable, "-m", "u2a", "nothing"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("usage: u2a")
 
 
 def test_the_help_of_every_command_is_light() -> None:

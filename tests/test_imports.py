@@ -97,6 +97,7 @@ LAYERS = (
     {"forecast"},
     {"experiment"},
     {"cli"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
