@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,36 @@ def test_a_run_killed_between_stages_goes_on_to_the_same_result(
         (finished / "arms" / name).unlink()
     assert main(["run", str(tiny_config()), "--quiet"]) == 0
     assert (finished / "evaluation.json").read_bytes() == whole
+
+
+def test_a_run_with_embeddings_that_stops_before_the_selection_goes_on_to_the_same_bytes(
+    tiny_config: Callable[..., Path], tiny_encoder: str, tmp_path: Path
+) -> None:
+    """The resumed process embeds other texts together; the selecting rewards of the round must not show it."""
+    draw = random.Random(1)
+
+    def words(most: int) -> str:
+        count = draw.randint(3, most)
+        return " ".join(draw.choice(("tea", "and", "rain", "never", "why", "kites")) for _ in range(count))
+
+    rows = [{"prompt": f"{words(14)} {k}?", "chosen": words(30), "rejected": words(25)} for k in range(160)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny_config(
+        data={"pairs": str(tmp_path / "pairs.jsonl")},
+        reward={"model": "embedding", "name_or_path": tiny_encoder},
+        partition={"forget_frac": 0.2, "preference_frac": 0.4, "reward_frac": 0.3, "evaluation_frac": 0.1},
+        solve={"rounds": 1, "folds": 2, "final_refine": False},
+        unlearn={"max_steps": 2},
+        evaluation={"controls": []},
+    )
+    found = []
+    for name, stages in {"whole": ["run"], "stopped": ["reward", "run"]}.items():
+        for stage in stages:
+            assert main([stage, str(config), "--quiet", "--set", f"output_dir={tmp_path / name}"]) == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        rounds = Solution.load(tmp_path / name / "solution.json").rounds
+        found.append(([row.reward for row in rounds], summary["content_hash"]))
+    assert found[0][0] and found[0] == found[1]
 
 
 @pytest.mark.parametrize("side", ["", "eval_"])
