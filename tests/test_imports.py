@@ -86,6 +86,7 @@ LAYERS = (
     {"artifacts"},
     {"run"},
     {"forecast.flops"},
+    {"forecast.work"},
     {"forecast.workload"},
     {"forecast.probe"},
     {"forecast.reward_probe"},

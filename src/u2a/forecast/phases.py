@@ -12,7 +12,8 @@ from u2a.bilevel.score import Scorer
 from u2a.forecast.flops import Shape, Sizes, shape_of
 from u2a.forecast.probe import Measured
 from u2a.forecast.reward_probe import RewardCost
-from u2a.forecast.workload import Work, Workload
+from u2a.forecast.work import Work
+from u2a.forecast.workload import Workload
 from u2a.record import Record, Row
 
 TRAINED_COPIES = 6  # float32 copies of what is trained: itself, gradient, two moments, start, and the best state

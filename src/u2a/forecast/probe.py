@@ -32,7 +32,8 @@ from u2a.encoding import Encoded
 from u2a.evaluation.decoding import Decoding
 from u2a.evaluation.generation import generate_ids
 from u2a.forecast.flops import Shape, Sizes, shape_of
-from u2a.forecast.workload import Rows, Workload
+from u2a.forecast.work import Rows
+from u2a.forecast.workload import Workload
 from u2a.modeling import Params, Policy
 from u2a.progress import Quiet, peak_rss_bytes, reset_peak_rss
 from u2a.types import Example

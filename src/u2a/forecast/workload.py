@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from u2a.arms import NOT_UNLEARNED, SOLUTION_ARM, arms_of, control_weights
 from u2a.bilevel.gains import OuterProblem, split_preference
@@ -22,37 +21,18 @@ from u2a.evaluation.arm import prompts_answered
 from u2a.evaluation.evaluate import EQUAL_PPL
 from u2a.evaluation.prompt_sets import PromptSet
 from u2a.finetune import mixture, n_steps
+from u2a.forecast.work import Rows, Work, step_batches
 from u2a.packaged import is_converted
 from u2a.pipeline import PROBE_PROMPTS
 from u2a.record import derive_seed
 from u2a.reward.analysis import split_reward_pairs
 from u2a.reward.base import prompt_text
 from u2a.reward.implicit import DpoSettings
-from u2a.stream import stream_index
 from u2a.types import Example, Message, Pair, Partition
 from u2a.unlearn import InnerProblem, weighted_rows
 
-Kind = Literal["forward", "gradient", "step", "score", "generate", "unrolled", "product"]
-Rows = tuple[Encoded, ...]
 Turns = tuple[Message, ...]
 SCALE_SEARCH = 8  # perplexities measured, about, to find the scale of equal utility
-
-
-@dataclass(frozen=True)
-class Work:
-    """Batches that pass the policy in one way, or texts that a reward model reads.
-
-    Attributes:
-        kind: ``forward`` (no gradients), ``gradient`` (of J or a loss), ``step`` (of training), ``score``,
-            ``generate``, ``unrolled`` (a step of training, run again and differentiated), ``product`` (with the
-            curvature), or ``reward model``, ``eval reward model``, ``second reward model``.
-        batches: rows of every batch; of ``generate`` the prompts, with the tokens to draw as their answer length.
-        times: how often all of that is done; of a reward model the number of texts.
-    """
-
-    kind: str
-    batches: tuple[Rows, ...] = ()
-    times: float = 1.0
 
 
 @dataclass
@@ -110,6 +90,12 @@ class Workload:
         extra = int(self.config.solve.remove_common) + int(self.config.solve.damage_weight > 0)
         return len(split_preference(self.outer).folds) + extra
 
+    @property
+    def judged(self) -> bool:
+        """Whether rounds of the selection end in an inner run, by which they are judged."""
+        measured = bool(split_preference(self.outer).heldout) or self.config.reward.model != "none"
+        return self.config.solve.judges_rounds(measured)
+
     # --- stages ----------------------------------------------------------------------------------
 
     def _reward_analysis(self) -> None:
@@ -153,8 +139,7 @@ class Workload:
             self._reference("reference", self._rows(inner.forget))
         if section.objective == "dpo":
             self._reference("reference", [row for pair in self.partition.preference for row in self._both(pair)])
-        judged = section.judges_rounds(section.heldout_frac > 0 or self.config.reward.model != "none")
-        if judged and (heldout := split_preference(self.outer).heldout):
+        if self.judged and (heldout := split_preference(self.outer).heldout):
             self._value_of_j("measure start", heldout)
         if section.warmup_steps:
             self._inner_run("warm-up", inner.shortened(section.warmup_steps), inner.uniform())
@@ -162,7 +147,7 @@ class Workload:
         block = math.ceil((most := n_to_select(inner, self.outer)) / section.rounds)
         for index in range(section.rounds):
             self._gains(inner)
-            if judged:
+            if self.judged:
                 self._inner_run(f"inner run, round {index + 1}", between, self._drawn(min(most, block * (index + 1))))
                 self._measure()
         if section.final_refine and section.mirror_steps and most > 1:
@@ -235,7 +220,8 @@ class Workload:
         inner, section, most = self.inner, self.config.solve, n_to_select(self.inner, self.outer)
         for arm in arms_of(self.config):
             name = f"unlearn {arm}"
-            once = section.rounds == 1 and not section.final_refine  # else the best run may not be the last one
+            # One inner run, and no other after it: of several the best may not be the last one.
+            once = section.rounds == 1 and not section.final_refine and self.judged
             if arm == SOLUTION_ARM and once and section.inner_steps in (None, inner.section.max_steps):
                 self._add(name)  # the last inner run of the selection is restored
             else:
@@ -357,33 +343,6 @@ class Workload:
 
     def _add(self, name: str, *works: Work) -> None:
         self.phases.setdefault(name, []).extend(work for work in works if work.times)
-
-
-def step_batches(
-    rows: Sequence[Encoded], size: int, steps: int, seed: int, retain: Sequence[Encoded] = (), retain_size: int = 0
-) -> tuple[Rows, ...]:
-    """List the batches that the trainer will see, in order.
-
-    Args:
-        rows: the training set in its order.
-        size: rows per micro-batch.
-        steps: micro-batches.
-        seed: the trainer's seed.
-        retain: retain rows; may be empty.
-        retain_size: retain rows per micro-batch.
-
-    Returns:
-        For every micro-batch its rows, followed by its retain rows where there are any.
-    """
-    first, second = (derive_seed(seed, f"{name} stream") for name in ("sample", "retain"))
-    batches: list[Rows] = []
-    for step in range(steps):
-        places = (stream_index(step * size + k, len(rows), first) for k in range(size))
-        batches.append(tuple(rows[place] for place in places))
-        if retain and retain_size:
-            places = (stream_index(step * retain_size + k, len(retain), second) for k in range(retain_size))
-            batches.append(tuple(retain[place] for place in places))
-    return tuple(batches)
 
 
 def _with_steps(inner: InnerProblem, steps: int) -> InnerProblem:
