@@ -9,10 +9,14 @@ from pathlib import Path
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from u2a.config import RunConfig
 from u2a.config_file import load_config
+from u2a.encoding import Encoder
 from u2a.forecast.dry_run import dry_run
 from u2a.forecast.phases import Forecast
+from u2a.forecast.workload import Workload
 from u2a.modeling import Policy
+from u2a.pipeline import Pipeline
 from u2a.progress import Advance, Console
 from u2a.run import run
 
@@ -66,3 +70,9 @@ def both(path: Path, *options: str) -> Both:
 
 def written(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def workload_of(config: RunConfig) -> Workload:
+    """What a run will do, by its options and data."""
+    pipeline = Pipeline(config, Console(quiet=True))
+    return Workload(config, pipeline.partition, Encoder(pipeline.tokenizer, config.data.max_length))

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from e2e.conftest import tiny_config, tiny_files  # noqa: F401  # fixtures
-from forecast_kit import BARE, Both, both
+from forecast_kit import BARE, Both, both, workload_of
+from u2a.bilevel.candidates import CandidateLosses
+from u2a.config_file import load_config
+from u2a.forecast.dry_run import dry_run, shapes_of
+from u2a.forecast.flops import sizes_of
+from u2a.forecast.phases import Basis, phase_costs
+from u2a.forecast.probe import Measured, Unit
+from u2a.pipeline import Pipeline
+from u2a.progress import Console
 
 
 @pytest.fixture
@@ -32,3 +42,64 @@ def test_too_few_prompts_to_hold_any_out_leave_nothing_to_judge_a_round_by(confi
     done = both(configure(**BARE), "solve.heldout_frac=0.01", "model.attention=eager")
     assert [phase.name for phase in done.forecast.phases] == list(done.console.seconds)
     assert told(done, "unlearn u2a") == pytest.approx(done.console.flops["unlearn u2a"], rel=0.10)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def live_bytes() -> int:
+    """Memory of all tensors that Python knows."""
+    found = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    return sum({value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in found}.values())
+
+
+def scoring_bytes(path: Path, folds: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tensors alive while a run of full fine-tuning scores its candidates."""
+    config = load_config(path, ["model.adapter.enabled=false", f"solve.folds={folds}"], None)
+    config = config.model_copy(update={"output_dir": f"{config.output_dir}-{folds}"})
+    seen: list[int] = []
+    values = CandidateLosses.values
+
+    def watched(self: CandidateLosses, *arguments: object) -> torch.Tensor:
+        seen.append(live_bytes())
+        return values(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CandidateLosses, "values", watched)
+        Pipeline(config, Console(quiet=True)).scores()
+    gc.collect()
+    return max(seen)
+
+
+def test_gradients_of_every_fold_count_in_the_memory_of_scoring(
+    configure: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = configure(**BARE)
+    monkeypatch.setattr("u2a.forecast.dry_run.device_free_bytes", lambda _: 1)  # formulas alone: nothing is tried
+    monkeypatch.setattr("u2a.forecast.dry_run.resident_bytes", lambda: 0)
+
+    quiet = Console(quiet=True)
+
+    def by_formula(folds: int) -> int:
+        forecast = dry_run(load_config(path, ["model.adapter.enabled=false", f"solve.folds={folds}"], None), quiet)
+        return next(phase.peak_bytes or 0 for phase in forecast.phases if phase.name == "score candidates")
+
+    more = scoring_bytes(path, 9, monkeypatch) - scoring_bytes(path, 2, monkeypatch)
+    assert by_formula(9) - by_formula(2) == pytest.approx(more, rel=0.05)
+
+
+def test_gradients_of_folds_are_added_to_what_a_probe_without_them_measured(configure: Callable[..., Path]) -> None:
+    config = load_config(configure(**BARE), ["model.adapter.enabled=false", "solve.scorer=jvp"], None)
+    workload, sizes = workload_of(config), sizes_of(shapes_of(config))
+    held = {"forward": 0, "gradient": 0, "step": 0, "score": 1}
+    units = {kind: Unit(1.0, 0.0, 1000, vectors=count) for kind, count in held.items()}
+
+    def peak(name: str, directions: int) -> int:
+        basis = Basis(workload, sizes, Measured(units, None, None), {}, {}, directions, False)
+        return next(phase.peak_bytes or 0 for phase in phase_costs(basis) if phase.name == name)
+
+    vector = 4 * sizes.trainable
+    for directions in (2, 9):
+        assert peak("gradient of J", directions) == 1000 + directions * vector
+        assert peak("score candidates", directions) >= 1000 + (2 * directions - 1) * vector
+    assert peak("warm-up", 9) == 1000

@@ -69,7 +69,9 @@ def _changes(basis: Basis, shapes: nn.Module) -> Iterator[tuple[str, Basis]]:
         yield f"data.max_length: {length}", _with(basis, data=config.data.model_copy(update={"max_length": length}))
     if config.solve.folds > 2:
         section = config.solve.model_copy(update={"folds": 2})
-        yield "solve.folds: 2 (coarser standard errors)", replace(_with(basis, solve=section), directions=2)
+        changed = _with(basis, solve=section)
+        fewer = replace(changed, directions=changed.workload.n_directions)
+        yield "solve.folds: 2 (coarser standard errors)", fewer
     if config.solve.scorer in ("auto", "backward"):
         yield (
             "solve.scorer: central (slower)",

@@ -164,10 +164,12 @@ def _cost(work: Work, basis: Basis) -> PhaseCost:
     flops = work.times * sum(operations(shape) for shape in shapes)
     unit = None if basis.measured is None else basis.measured.units[way]
     if unit is None:
-        return _row(work, None, flops * RATIOS.get(way, 1.0), int(_formula_bytes(way, shapes, basis)))
+        peak = _formula_bytes(way, shapes, basis) + _directions_bytes(work.kind, basis)
+        return _row(work, None, flops * RATIOS.get(way, 1.0), int(peak))
+    peak = unit.peak_bytes + int(_directions_bytes(work.kind, basis, unit.vectors))
     if way == "product":
-        return _row(work, unit.seconds * work.times, unit.flops * work.times, unit.peak_bytes)
-    return _row(work, unit.start_s + unit.seconds * flops, flops * (unit.flops or 1.0), unit.peak_bytes)
+        return _row(work, unit.seconds * work.times, unit.flops * work.times, peak)
+    return _row(work, unit.start_s + unit.seconds * flops, flops * (unit.flops or 1.0), peak)
 
 
 def _row(work: Work, seconds: float | None, flops: float, peak_bytes: int) -> PhaseCost:
@@ -220,6 +222,17 @@ def _formula_bytes(way: str, shapes: Sequence[Shape], basis: Basis) -> float:
     if way == "step":  # rows of the candidates and retain rows are in one graph
         most *= 2.0
     return basis.resident_bytes + most
+
+
+def _directions_bytes(kind: str, basis: Basis, held: int = 0) -> float:
+    """Memory of the vectors, each as long as all trained weights, that a scoring holds, beyond those already told.
+
+    They are a gradient of J per direction and, where candidates are scored, what the adjoint makes of each. Besides,
+    differences need a unit vector and the weights as they were, and conjugate gradients three vectors.
+    """
+    k = basis.directions
+    vectors = {"gradient": k, "score": 2 * k + 2, "product": 2 * k + 3, "unrolled": 2 * k}
+    return 4.0 * basis.sizes.trainable * max(0, vectors.get(kind, 0) - held)
 
 
 def with_formulas(basis: Basis) -> int:

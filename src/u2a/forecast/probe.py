@@ -54,6 +54,7 @@ class Unit:
         peak_bytes: memory of the process, or of the GPU, while it was tried on the largest batch.
         counted: operations that torch's counter saw, over those of the formula; None where it was not asked.
         start_s: seconds that every piece of such work takes besides (making a trainer).
+        vectors: vectors as long as all trained weights that were held besides while it was tried.
     """
 
     seconds: float
@@ -61,6 +62,7 @@ class Unit:
     peak_bytes: int = 0
     counted: float | None = None
     start_s: float = 0.0
+    vectors: int = 0
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ class Probe:
             scorer.derivatives(losses.subset([place[item.key] for item in batch]), directions, Quiet())
 
         known = [batch for batch in batches if all(item.key in place for item in batch)]
-        return self._passes(known, run, lambda shape: self.sizes.scoring(shape, count))
+        unit = self._passes(known, run, lambda shape: self.sizes.scoring(shape, count))
+        return replace(unit, vectors=count)
 
     def _scored(self, batches: Sequence[Rows]) -> tuple[Example, ...]:
         """Candidates of the largest and of a middle batch."""
@@ -296,7 +299,7 @@ class Probe:
 
         peak = self._meter.peak_bytes(run)
         counted = counted_flops(run)
-        return Unit(times[0] / flops, counted / flops, peak)
+        return Unit(times[0] / flops, counted / flops, peak, vectors=2 * self.workload.n_directions)
 
     def _product(self) -> Unit:
         """One product with the curvature; a diagonal one is made, which is its whole cost."""
@@ -312,7 +315,7 @@ class Probe:
 
         peak = self._meter.peak_bytes(run)
         flops = counted_flops(run)
-        return Unit(self._meter.seconds(run), flops, peak)
+        return Unit(self._meter.seconds(run), flops, peak, vectors=1)
 
     def _generating(self, batches: Sequence[Rows]) -> tuple[Unit, Generation]:
         """Answers of one and of a few tokens, to the largest batch of prompts and to one prompt."""
