@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 from e2e.conftest import tiny_config, tiny_files  # noqa: F401  # fixtures
 from forecast_kit import BARE, Both, both, workload_of
+from tiny import tiny_model, tiny_tokenizer
 from u2a.bilevel.candidates import CandidateLosses
 from u2a.config_file import load_config
 from u2a.forecast.dry_run import dry_run, shapes_of
@@ -42,6 +44,31 @@ def test_too_few_prompts_to_hold_any_out_leave_nothing_to_judge_a_round_by(confi
     done = both(configure(**BARE), "solve.heldout_frac=0.01", "model.attention=eager")
     assert [phase.name for phase in done.forecast.phases] == list(done.console.seconds)
     assert told(done, "unlearn u2a") == pytest.approx(done.console.flops["unlearn u2a"], rel=0.10)
+
+
+# --- reward models -------------------------------------------------------------------------------
+
+
+def save_classifier(folder: Path) -> Path:
+    """A sequence classifier of one label around a tiny model."""
+    settings = tiny_model().config
+    settings.num_labels = 1
+    LlamaForSequenceClassification(settings).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_reward_model_is_tried_without_pairs_of_its_own(
+    configure: Callable[..., Path], tmp_path: Path
+) -> None:
+    rewards = {
+        "model": "sequence_classification", "name_or_path": str(save_classifier(tmp_path / "rm")), "eval_model": "none",
+    }  # fmt: skip
+    shares = {"forget_frac": 0.3, "preference_frac": 0.4, "reward_frac": 0.0, "evaluation_frac": 0.3}
+    config = load_config(configure(**BARE | {"reward": rewards, "partition": shares}), [], None)
+    forecast = dry_run(config, Console(quiet=True))
+    assert not workload_of(config).partition.reward
+    assert next(phase.flops or 0.0 for phase in forecast.phases if phase.name == "reward analysis") > 0
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -163,13 +163,14 @@ def _device(config: RunConfig) -> tuple[torch.device | None, str]:
 def _probed(basis: Basis, pipeline: Pipeline, config: RunConfig, console: Console) -> Basis:
     """Load everything as the run does, and try it."""
     rewards: dict[str, RewardCost] = {}
-    device = pick_device(config.model.device)
+    device, sets = pick_device(config.model.device), pipeline.partition
+    read = sets.reward or sets.preference or sets.evaluation  # a pretrained model needs no pairs of its own
     with console.phase("probe of the reward models"):
         for role, section in _reward_models(config).items():
             files = files_bytes(section.name_or_path)
             free = device_free_bytes(str(device))
             if files is not None and (free is None or files < free):
-                rewards[role] = probe_reward(section, pipeline.partition.reward, device)
+                rewards[role] = probe_reward(section, read, device)
     policy = Policy(
         pipeline.base_model(),
         pipeline.tokenizer,
