@@ -11,16 +11,20 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from e2e.conftest import tiny_config, tiny_files  # noqa: F401  # fixtures
-from forecast_kit import BARE, Both, both, workload_of
-from tiny import tiny_model, tiny_tokenizer
+from forecast_kit import BARE, EMBEDDER, Both, both, workload_of
+from tiny import pairs, save_tiny, tiny_model, tiny_tokenizer
 from u2a.bilevel.candidates import CandidateLosses
+from u2a.config import RewardSection
 from u2a.config_file import load_config
 from u2a.forecast.dry_run import dry_run, shapes_of
 from u2a.forecast.flops import sizes_of
 from u2a.forecast.phases import Basis, phase_costs
 from u2a.forecast.probe import Measured, Unit
+from u2a.forecast.reward_probe import probe_reward
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
+from u2a.reward.embedding import Embedder, train_embedding_reward
+from u2a.reward.lm_head import load_hidden_states, train_language_model_reward
 
 
 @pytest.fixture
@@ -69,6 +73,41 @@ def test_a_pretrained_reward_model_is_tried_without_pairs_of_its_own(
     forecast = dry_run(config, Console(quiet=True))
     assert not workload_of(config).partition.reward
     assert next(phase.flops or 0.0 for phase in forecast.phases if phase.name == "reward analysis") > 0
+
+
+def test_a_head_on_sentence_embeddings_costs_what_its_encoder_costs(
+    configure: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = pairs(40)
+    head = train_embedding_reward(Embedder(EMBEDDER), rows).save(tmp_path / "head")
+    cpu = torch.device("cpu")
+    encoder = probe_reward(RewardSection(model="embedding", name_or_path=EMBEDDER), rows, cpu).unit
+    found = probe_reward(RewardSection(model="head", name_or_path=str(head)), rows, cpu).unit
+    assert found.flops == pytest.approx(encoder.flops, rel=0.01)
+    assert found.flops > 2 * 10_000_000, "at least two operations per weight of the encoder's body and text"
+    assert probe_reward(RewardSection(model="embedding", name_or_path=EMBEDDER), rows[:1], cpu).unit.flops > 0
+
+
+def test_a_head_on_a_language_model_reads_answers_and_one_on_an_encoder_texts(
+    configure: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    save_tiny(model)
+    states = load_hidden_states(str(model), "cpu")
+    causal = train_language_model_reward(states, pairs(8)).save(tmp_path / "causal")
+    encoder = train_embedding_reward(Embedder(EMBEDDER), pairs(8)).save(tmp_path / "encoder")
+
+    def texts(folder: Path) -> float:
+        rewards = {"model": "none", "eval_model": "head", "eval_name_or_path": str(folder)}
+        workload = workload_of(load_config(configure(**BARE | {"reward": rewards}), [], None))
+        assert (sets := workload.partition).evaluation
+        sides = [pair.chosen for pair in sets.evaluation], [pair.rejected for pair in sets.evaluation]
+        prompts = {pair.prompt[0].content for pair in sets.evaluation}
+        expected = 2 * len(sets.evaluation) if folder == causal else len(prompts | {*sides[0], *sides[1]})
+        assert sum(work.times for work in workload.phases["reward card"]) == expected
+        return expected
+
+    assert texts(causal) != texts(encoder)
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -225,11 +225,9 @@ def _formula_bytes(way: str, shapes: Sequence[Shape], basis: Basis) -> float:
 
 
 def _directions_bytes(kind: str, basis: Basis, held: int = 0) -> float:
-    """Memory of the vectors, each as long as all trained weights, that a scoring holds, beyond those already told.
-
-    They are a gradient of J per direction and, where candidates are scored, what the adjoint makes of each. Besides,
-    differences need a unit vector and the weights as they were, and conjugate gradients three vectors.
-    """
+    """Memory of the vectors, each as long as all trained weights, that a scoring holds beyond those already told."""
+    # A gradient of J per direction and, where candidates are scored, what the adjoint makes of each. Besides,
+    # differences need a unit vector and the weights as they were, and conjugate gradients three vectors.
     k = basis.directions
     vectors = {"gradient": k, "score": 2 * k + 2, "product": 2 * k + 3, "unrolled": 2 * k}
     return 4.0 * basis.sizes.trainable * max(0, vectors.get(kind, 0) - held)

@@ -13,8 +13,8 @@ from u2a.config import RewardSection
 from u2a.forecast.probe import Meter, Unit, counted_flops
 from u2a.packaged import resolve_model
 from u2a.reward.base import prompt_text
-from u2a.reward.embedding import Embedder
-from u2a.reward.lm_head import load_hidden_states
+from u2a.reward.embedding import Embedder, EmbeddingReward
+from u2a.reward.lm_head import LanguageModelReward, load_hidden_states
 from u2a.reward.loading import load_reward_model
 from u2a.types import Pair
 
@@ -79,15 +79,21 @@ def _reader(
     """The model, a function that makes it read a sample by number, and the texts of a sample."""
     if section.model == "embedding":
         embedder = Embedder(section.name_or_path, device)
-        texts = list(dict.fromkeys(text for p in pairs for text in (prompt_text(p.prompt), p.chosen, p.rejected)))
-        count = max(
-            1, min(TEXTS, len(texts) // 4)
-        )  # each is embedded once in its life: four samples without a common one
-        return embedder, lambda k: embedder.encode(texts[k::4][:count]), count
+        return embedder, *_embedding(embedder, pairs)
     answers = (pairs * ANSWERS)[:ANSWERS]
     prompts, texts = [pair.prompt for pair in answers], [pair.chosen for pair in answers]
     if section.model == "language_model":
         states = load_hidden_states(section.name_or_path, str(device))
         return states, lambda _: states.means(prompts, texts), len(set(zip(prompts, texts, strict=True)))
     model = load_reward_model(section.name_or_path, section.model, device)  # type: ignore[arg-type]
-    return model, lambda _: model.score(prompts, texts), len(answers)
+    if isinstance(model, EmbeddingReward):
+        return model, *_embedding(model.embedder, pairs)
+    distinct = len(set(zip(prompts, texts, strict=True))) if isinstance(model, LanguageModelReward) else len(answers)
+    return model, lambda _: model.score(prompts, texts), distinct
+
+
+def _embedding(embedder: Embedder, pairs: list[Pair]) -> tuple[Callable[[int], object], int]:
+    """Samples of an embedder and their size; each carries its number, since a text is embedded once in its life."""
+    texts = list(dict.fromkeys(text for p in pairs for text in (prompt_text(p.prompt), p.chosen, p.rejected)))
+    some = texts[:: -(-len(texts) // TEXTS)]
+    return lambda k: embedder.encode([f"{k} {text}" for text in some]), len(some)

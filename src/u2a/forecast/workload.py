@@ -28,6 +28,7 @@ from u2a.record import derive_seed
 from u2a.reward.analysis import split_reward_pairs
 from u2a.reward.base import prompt_text
 from u2a.reward.implicit import DpoSettings
+from u2a.reward.loading import embeds_texts
 from u2a.types import Example, Message, Pair, Partition
 from u2a.unlearn import InnerProblem, weighted_rows
 
@@ -326,8 +327,11 @@ class Workload:
     def _texts(self, role: str, section: RewardSection, *sides: Iterable[Example], trains: bool = False) -> list[Work]:
         """Texts that a reward model reads: for sentence embeddings each prompt and answer once."""
         rows = [row for side in sides for row in side]
-        texts = {prompt_text(row.prompt) for row in rows} | {row.completion for row in rows}
-        count = len(texts if section.model in ("embedding", "head") else rows)
+        if embeds_texts(section.model, section.name_or_path):
+            texts = {prompt_text(row.prompt) for row in rows} | {row.completion for row in rows}
+            count = len(texts)
+        else:
+            count = len(rows)
         fitted = section.model in ("embedding", "language_model")
         return [Work(role, (), count if fitted or not trains else 0)]
 

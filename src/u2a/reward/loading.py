@@ -74,6 +74,22 @@ def _kind_of(name_or_path: str) -> Kind:
     )
 
 
+def embeds_texts(kind: str, name_or_path: str) -> bool:
+    """Tell whether a reward model reads prompts and answers as sentences by themselves, each distinct one once.
+
+    Args:
+        kind: as in the option ``reward.model``.
+        name_or_path: of the model.
+
+    Returns:
+        True for sentence embeddings, fitted or in a trained head.
+
+    Raises:
+        ModelError: no readable head there.
+    """
+    return kind == "embedding" or (kind == "head" and load_head(name_or_path)[1].kind == "embedding")
+
+
 def architectures(name_or_path: str) -> list[str]:
     """Read the class names in a model's configuration, without its weights.
 
