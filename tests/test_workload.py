@@ -16,6 +16,7 @@ from tiny import pairs, save_tiny, tiny_model, tiny_tokenizer
 from u2a.bilevel.candidates import CandidateLosses
 from u2a.config import RewardSection
 from u2a.config_file import load_config
+from u2a.errors import ModelError
 from u2a.forecast.dry_run import dry_run, shapes_of
 from u2a.forecast.flops import sizes_of
 from u2a.forecast.phases import Basis, phase_costs
@@ -108,6 +109,17 @@ def test_a_head_on_a_language_model_reads_answers_and_one_on_an_encoder_texts(
         return expected
 
     assert texts(causal) != texts(encoder)
+
+
+def test_a_run_with_a_trained_head_is_let_through_and_told(configure: Callable[..., Path], tmp_path: Path) -> None:
+    head = train_embedding_reward(Embedder(EMBEDDER), pairs(8)).save(tmp_path / "head")
+    rewards = {"model": "head", "name_or_path": str(head), "eval_model": "none"}
+    done = both(configure(**BARE | {"reward": rewards}))
+    assert [phase.name for phase in done.forecast.phases] == list(done.console.seconds)
+    assert told(done, "reward analysis") == pytest.approx(done.console.flops["reward analysis"], rel=0.5)
+    nowhere = load_config(tmp_path / "config.yaml", [f"reward.name_or_path={tmp_path / 'nowhere'}"], None)
+    with pytest.raises(ModelError, match="reward.name_or_path: .*no readable reward head there"):
+        dry_run(nowhere, Console(quiet=True))
 
 
 # --- memory --------------------------------------------------------------------------------------
