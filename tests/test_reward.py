@@ -47,7 +47,7 @@ from u2a.reward import (
 from u2a.reward.analysis import split_reward_pairs
 from u2a.reward.head import L2_GRID, fit_bradley_terry, fit_head, load_head
 from u2a.reward.train import split_by_prompt
-from u2a.types import Message
+from u2a.types import Message, Pair
 
 torch.set_num_threads(1)
 QUIET = Console(quiet=True)
@@ -506,6 +506,37 @@ def test_build_loads_models_from_a_folder(kind: str, tmp_path) -> None:
     assert torch.equal(seen.score(PROMPTS, ANSWERS), model.score(PROMPTS, ANSWERS))
     with pytest.raises(ModelError, match="reward model .*cannot be loaded"):
         build_reward_model(RewardSection(model=kind, name_or_path=str(tmp_path / "no")), [], None, 0, QUIET)
+
+
+def longer(row: Pair, words: int) -> Pair:
+    """The pair with a longer prompt; a word is two tokens."""
+    return row.model_copy(update={"prompt": ask(row.prompt[0].content + " x" * words)})
+
+
+def test_a_head_on_a_language_model_reads_prompts_as_long_as_the_data_s(tmp_path) -> None:
+    folder = str(save_tiny(tmp_path / "model"))
+    section, rows = RewardSection(model="language_model", name_or_path=folder), [*pairs(8)]
+    rows[2] = longer(rows[2], 300)
+    model = build_reward_model(section, rows, None, 0, QUIET, "cpu", 1024)
+    assert model is not None
+    assert model.score([rows[2].prompt], [rows[2].chosen]).shape == (1,)
+    with pytest.raises(DataError, match=r"tiny:3: prompt: 6\d\d tokens leave no room .* 600 "):
+        build_reward_model(section, rows, None, 0, QUIET, "cpu", 600)
+    with pytest.raises(DataError, match=r"tiny:3: prompt: .* 512 "):
+        build_reward_model(section, rows, None, 0, QUIET, "cpu", 64)  # answers alone are short: 512 are read then, too
+
+
+def test_a_value_head_reads_prompts_as_long_as_the_data_s(tmp_path) -> None:
+    LlamaForTokenClassification(llama_config(1)).save_pretrained(tmp_path)
+    tiny_tokenizer(pad_is_eos=False).save_pretrained(tmp_path)
+    section, row = RewardSection(model="token_value_head", name_or_path=str(tmp_path)), longer(pairs(1)[0], 1200)
+    model = build_reward_model(section, [], None, 0, QUIET, "cpu", 3000)
+    assert model is not None
+    assert model.score([row.prompt], [row.chosen]).shape == (1,)
+    short = build_reward_model(section, [], None, 0, QUIET, "cpu", 64)
+    assert short is not None
+    with pytest.raises(DataError, match="max_length 2048"):
+        short.score([row.prompt], [row.chosen])
 
 
 @given(order=st.permutations(range(9)))

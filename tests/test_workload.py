@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from e2e.conftest import tiny_config, tiny_files  # noqa: F401  # fixtures
-from forecast_kit import BARE, EMBEDDER, Both, both, workload_of
+from e2e.conftest import pair_rows, tiny_config, tiny_files, write_jsonl  # noqa: F401  # fixtures
+from forecast_kit import BARE, EMBEDDER, SIMPLE, Both, both, workload_of
 from tiny import pairs, save_tiny, tiny_model, tiny_tokenizer
 from u2a.bilevel.candidates import CandidateLosses
 from u2a.config import RewardSection
@@ -120,6 +120,21 @@ def test_a_run_with_a_trained_head_is_let_through_and_told(configure: Callable[.
     nowhere = load_config(tmp_path / "config.yaml", [f"reward.name_or_path={tmp_path / 'nowhere'}"], None)
     with pytest.raises(ModelError, match="reward.name_or_path: .*no readable reward head there"):
         dry_run(nowhere, Console(quiet=True))
+
+
+def test_dry_run_and_run_let_reward_models_read_prompts_as_long_as_the_data_s(
+    configure: Callable[..., Path],
+    tiny_files: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    rows = [row | {"prompt": row["prompt"] + " x" * 300 * (k % 2)} for k, row in enumerate(pair_rows(60))]
+    rewards = {
+        "model": "language_model", "name_or_path": str(tiny_files / "model"),
+        "eval_model": "language_model", "eval_name_or_path": str(tiny_files / "model"),
+    }  # fmt: skip
+    path = configure(**SIMPLE | {"reward": rewards})
+    options = [f"data.pairs={write_jsonl(tmp_path / 'long.jsonl', rows)}", "data.max_length=1024"]
+    assert not both(path, *options).forecast.advice
 
 
 # --- memory --------------------------------------------------------------------------------------

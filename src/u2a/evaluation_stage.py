@@ -120,7 +120,7 @@ class EvaluationStage:
         found: list[tuple[RewardModel, RewardCard]] = []
         for section in _reward_sections(config.reward):
             seed = derive_seed(config.seed, "eval reward")
-            model = build_reward_model(section, pairs, None, seed, console, config.model.device)
+            model = build_reward_model(section, pairs, None, seed, console, config.model.device, config.data.max_length)
             if model is not None:
                 trained = len(pairs) if section.model in TRAINED_HERE else 0
                 with console.phase("reward card"):

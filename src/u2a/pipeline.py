@@ -216,11 +216,11 @@ class Pipeline:
 
     @cached_property
     def _selecting_reward(self) -> RewardModel:
-        section = self.config.reward
+        section, where = self.config.reward, (self.config.model.device, self.config.data.max_length)
         seed = derive_seed(self.config.seed, "reward")
         policy = self.policy if section.model == "implicit" else None
-        pairs, place = split_reward_pairs(self.partition.reward)[0], self.config.model.device
-        model = build_reward_model(section, pairs, policy, seed, self.console, place)
+        pairs = split_reward_pairs(self.partition.reward)[0]
+        model = build_reward_model(section, pairs, policy, seed, self.console, *where)
         if model is None:
             raise RecordError("reward.model is none: no reward model to score with")
         return model

@@ -170,7 +170,7 @@ def _probed(basis: Basis, pipeline: Pipeline, config: RunConfig, console: Consol
             files = files_bytes(section.name_or_path)
             free = device_free_bytes(str(device))
             if files is not None and (free is None or files < free):
-                rewards[role] = probe_reward(section, read, device)
+                rewards[role] = probe_reward(section, read, device, config.data.max_length)
     policy = Policy(
         pipeline.base_model(),
         pipeline.tokenizer,

@@ -14,8 +14,9 @@ from u2a.forecast.probe import Meter, Unit, counted_flops
 from u2a.packaged import resolve_model
 from u2a.reward.base import prompt_text
 from u2a.reward.embedding import Embedder, EmbeddingReward
-from u2a.reward.lm_head import LanguageModelReward, load_hidden_states
+from u2a.reward.lm_head import HIDDEN_LENGTH, LanguageModelReward, load_hidden_states
 from u2a.reward.loading import load_reward_model
+from u2a.reward.models import VALUE_LENGTH
 from u2a.types import Pair
 
 TEXTS = 64  # read by a sentence embedder
@@ -51,20 +52,23 @@ def files_bytes(name_or_path: str) -> int | None:
     return sum(sizes) if sizes else None
 
 
-def probe_reward(section: RewardSection, pairs: Sequence[Pair], device: torch.device) -> RewardCost:
+def probe_reward(
+    section: RewardSection, pairs: Sequence[Pair], device: torch.device, max_length: int = HIDDEN_LENGTH
+) -> RewardCost:
     """Load a reward model and let it read a few answers.
 
     Args:
         section: ``model`` and ``name_or_path`` are read; neither ``none`` nor ``implicit``.
         pairs: whose prompts and answers are read, at least one.
         device: of the model.
+        max_length: tokens of prompt and answer, as for the run's reward models.
 
     Returns:
         Its cost.
     """
     meter = Meter(device)
     start = time.perf_counter()
-    model, read, count = _reader(section, list(pairs), device)
+    model, read, count = _reader(section, list(pairs), device, max_length)
     load_s = time.perf_counter() - start
     read(0)
     flops = counted_flops(lambda: read(1))
@@ -74,7 +78,7 @@ def probe_reward(section: RewardSection, pairs: Sequence[Pair], device: torch.de
 
 
 def _reader(
-    section: RewardSection, pairs: list[Pair], device: torch.device
+    section: RewardSection, pairs: list[Pair], device: torch.device, max_length: int
 ) -> tuple[object, Callable[[int], object], int]:
     """The model, a function that makes it read a sample by number, and the texts of a sample."""
     if section.model == "embedding":
@@ -83,9 +87,10 @@ def _reader(
     answers = (pairs * ANSWERS)[:ANSWERS]
     prompts, texts = [pair.prompt for pair in answers], [pair.chosen for pair in answers]
     if section.model == "language_model":
-        states = load_hidden_states(section.name_or_path, str(device))
+        states = load_hidden_states(section.name_or_path, str(device), max(HIDDEN_LENGTH, max_length))
         return states, lambda _: states.means(prompts, texts), len(set(zip(prompts, texts, strict=True)))
-    model = load_reward_model(section.name_or_path, section.model, device)  # type: ignore[arg-type]
+    length = max(VALUE_LENGTH, max_length)
+    model = load_reward_model(section.name_or_path, section.model, device, length)  # type: ignore[arg-type]
     if isinstance(model, EmbeddingReward):
         return model, *_embedding(model.embedder, pairs)
     distinct = len(set(zip(prompts, texts, strict=True))) if isinstance(model, LanguageModelReward) else len(answers)

@@ -19,8 +19,9 @@ from u2a.reward.base import RewardModel, naming
 from u2a.reward.card import reward_card
 from u2a.reward.embedding import Embedder, train_embedding_reward
 from u2a.reward.implicit import train_implicit_reward
-from u2a.reward.lm_head import load_hidden_states, train_language_model_reward
+from u2a.reward.lm_head import HIDDEN_LENGTH, load_hidden_states, train_language_model_reward
 from u2a.reward.loading import load_reward_model
+from u2a.reward.models import VALUE_LENGTH
 from u2a.types import Example, Pair, RewardRow, RewardTable
 
 
@@ -31,6 +32,7 @@ def build_reward_model(
     seed: int,
     progress: Console,
     device_name: str = "auto",
+    max_length: int = 512,
 ) -> RewardModel | None:
     """Load or train the reward model of the options.
 
@@ -41,13 +43,15 @@ def build_reward_model(
         seed: seed of the training order.
         progress: shows the phase ``reward model``.
         device_name: where the model goes without a policy, as in ``model.device``.
+        max_length: tokens of prompt and answer that ``language_model`` and ``token_value_head`` read at least
+            (``data.max_length``); the former reads 512 and the latter 2048 where that is more.
 
     Returns:
         The reward model, or None for ``none``.
 
     Raises:
         ConfigError: ``implicit`` without a policy.
-        DataError: too few training pairs.
+        DataError: too few training pairs, or a prompt that leaves no room for an answer.
         ModelError: a model cannot be loaded.
     """
     device = policy.device if policy is not None else pick_device(device_name)
@@ -57,12 +61,13 @@ def build_reward_model(
         if section.model == "embedding":
             return train_embedding_reward(Embedder(section.name_or_path, device), pairs, bar)
         if section.model == "language_model":
-            return train_language_model_reward(load_hidden_states(section.name_or_path, str(device)), pairs, bar)
+            states = load_hidden_states(section.name_or_path, str(device), max(HIDDEN_LENGTH, max_length), pairs)
+            return train_language_model_reward(states, pairs, bar)
         if section.model == "implicit":
             if policy is None:
                 raise ConfigError("reward.model: implicit needs the policy, got none")
             return train_implicit_reward(policy, pairs, seed, bar=bar)
-        return load_reward_model(section.name_or_path, section.model, device)
+        return load_reward_model(section.name_or_path, section.model, device, max(VALUE_LENGTH, max_length))
 
 
 def split_reward_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:

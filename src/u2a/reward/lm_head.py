@@ -27,6 +27,8 @@ from u2a.reward.base import Prompts, checked
 from u2a.reward.head import BradleyTerryHead, HeadBase, fit_head, load_head, refuse_other_base, save_head
 from u2a.types import Pair, RewardCard
 
+HIDDEN_LENGTH = 512  # tokens of prompt and answer, unless told otherwise
+
 
 class HiddenStates:
     """Last hidden states of a frozen causal language model at the answer's tokens.
@@ -47,7 +49,7 @@ class HiddenStates:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         name_or_path: str,
-        max_length: int = 512,
+        max_length: int = HIDDEN_LENGTH,
         token_budget: int = 2048,
     ) -> None:
         self.name = name_or_path
@@ -178,7 +180,7 @@ def train_language_model_reward(
 
 
 def load_hidden_states(
-    name_or_path: str, device: str, max_length: int = 512, check: Sequence[Pair] = ()
+    name_or_path: str, device: str, max_length: int = HIDDEN_LENGTH, check: Sequence[Pair] = ()
 ) -> HiddenStates:
     """Load a causal language model in float32 (safetensors only) to read its hidden states.
 

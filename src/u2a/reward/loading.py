@@ -15,18 +15,24 @@ from u2a.reward.base import RewardModel
 from u2a.reward.embedding import load_embedding_reward
 from u2a.reward.head import is_head, load_head
 from u2a.reward.lm_head import load_language_model_reward
-from u2a.reward.models import load_sequence_classifier, load_token_value_head
+from u2a.reward.models import VALUE_LENGTH, load_sequence_classifier, load_token_value_head
 
 Kind = Literal["auto", "head", "sequence_classification", "token_value_head"]
 
 
-def load_reward_model(name_or_path: str, kind: Kind = "auto", device: torch.device | str = "auto") -> RewardModel:
+def load_reward_model(
+    name_or_path: str,
+    kind: Kind = "auto",
+    device: torch.device | str = "auto",
+    max_length: int = VALUE_LENGTH,
+) -> RewardModel:
     """Load a reward model that needs no training.
 
     Args:
         name_or_path: hub id, directory, or ``package:NAME``; for ``head`` a folder of ``u2a reward train``.
         kind: ``head``, ``sequence_classification``, ``token_value_head``, or ``auto`` to see from the files.
         device: device of the model.
+        max_length: tokens of prompt and answer that a value head reads.
 
     Returns:
         The reward model.
@@ -39,7 +45,7 @@ def load_reward_model(name_or_path: str, kind: Kind = "auto", device: torch.devi
     if found == "sequence_classification":
         return load_sequence_classifier(name_or_path, where)
     if found == "token_value_head":
-        return load_token_value_head(name_or_path, where)
+        return load_token_value_head(name_or_path, where, max_length)
     refuse_no_head(name_or_path)
     if load_head(name_or_path)[1].kind == "embedding":
         return load_embedding_reward(name_or_path, where)

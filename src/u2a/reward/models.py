@@ -19,6 +19,8 @@ from u2a.reward.base import Prompts, checked
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+VALUE_LENGTH = 2048  # tokens of prompt and answer that a value head reads, unless told otherwise
+
 
 class SequenceClassifierReward:
     """Any ``AutoModelForSequenceClassification`` with one label (Skywork-Reward and its kin).
@@ -116,7 +118,7 @@ class TokenValueHead:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         name: str,
-        max_length: int = 2048,
+        max_length: int = VALUE_LENGTH,
         token_budget: int = 4096,
     ) -> None:
         _check_one_label(model, tokenizer, name)
@@ -219,12 +221,13 @@ def load_sequence_classifier(name_or_path: str, device: torch.device) -> Sequenc
     return SequenceClassifierReward(model, tokenizer, name_or_path)
 
 
-def load_token_value_head(name_or_path: str, device: torch.device) -> TokenValueHead:
-    """Load a token classifier as value head; arguments, return and errors as :func:`load_sequence_classifier`.
+def load_token_value_head(name_or_path: str, device: torch.device, max_length: int = VALUE_LENGTH) -> TokenValueHead:
+    """Load a token classifier as value head; return and errors as :func:`load_sequence_classifier`.
 
     Args:
         name_or_path: hub id, directory, or ``package:NAME``.
         device: device of the model.
+        max_length: tokens of prompt and answer; a longer answer is cut.
 
     Returns:
         The reward model.
@@ -233,7 +236,7 @@ def load_token_value_head(name_or_path: str, device: torch.device) -> TokenValue
         ModelError: it cannot be loaded or is no value head.
     """
     model, tokenizer = _load(AutoModelForTokenClassification, name_or_path, device)
-    return TokenValueHead(model, tokenizer, name_or_path)
+    return TokenValueHead(model, tokenizer, name_or_path, max_length)
 
 
 def _load(kind: Any, name_or_path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
