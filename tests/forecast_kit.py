@@ -58,6 +58,12 @@ class Both:
     forecast: Forecast
     console: CountingConsole
     policy: Policy
+    flops: float
+
+    @property
+    def between_phases(self) -> float:
+        """Operations of the run that belong to no phase."""
+        return self.flops - sum(self.console.flops.values())
 
 
 def both(path: Path, *options: str) -> Both:
@@ -65,7 +71,9 @@ def both(path: Path, *options: str) -> Both:
     forecast = dry_run(config, Console(quiet=True))
     assert not Path(config.output_dir).exists(), "a dry run makes no run directory"
     console = CountingConsole()
-    return Both(Path(config.output_dir), forecast, console, run(config, console).policy)
+    with FlopCounterMode(display=False) as counter:
+        policy = run(config, console).policy
+    return Both(Path(config.output_dir), forecast, console, policy, float(counter.get_total_flops()))
 
 
 def written(folder: Path) -> set[str]:

@@ -122,6 +122,21 @@ def test_a_run_with_a_trained_head_is_let_through_and_told(configure: Callable[.
         dry_run(nowhere, Console(quiet=True))
 
 
+def test_an_expected_reward_is_told_with_the_answers_that_are_drawn_for_it(
+    configure: Callable[..., Path], tmp_path: Path
+) -> None:
+    rewards = {
+        "model": "sequence_classification", "name_or_path": str(save_classifier(tmp_path / "rm")), "eval_model": "none",
+    }  # fmt: skip
+    options = {"objective": "reward", "reward_samples": 3, "reward_max_new_tokens": 12, "heldout_frac": 0.3}
+    path = configure(**BARE | {"reward": rewards, "solve": SIMPLE["solve"] | options})
+    done = both(path, "model.attention=eager")
+    for name in ("measure start", "measure round"):
+        assert told(done, name) == pytest.approx(done.console.flops[name], rel=0.15), name
+    real = done.console.flops["gradient of J"] + done.between_phases  # answers are drawn before the phase begins
+    assert told(done, "gradient of J") == pytest.approx(real, rel=0.15)
+
+
 def test_dry_run_and_run_let_reward_models_read_prompts_as_long_as_the_data_s(
     configure: Callable[..., Path],
     tiny_files: Path,  # noqa: F811

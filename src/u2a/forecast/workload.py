@@ -186,25 +186,47 @@ class Workload:
         self._add("score candidates", Work("score", self._batches(candidates)))
 
     def _gradient_of_j(self) -> None:
+        items = self._items("gradient of J", [pair for fold in split_preference(self.outer).folds for pair in fold])
+        if self.config.solve.pair_clip < 1.0:
+            self._add("gradient of J", Work("gradient", tuple(item.answers for item in items)))
+        self._add("gradient of J", Work("gradient", self._item_batches(items)))
+
+    def _items(self, name: str, pairs: Sequence[Pair]) -> list[Item]:
+        """What J reads of each pair; for an expected reward, answers are drawn, scored and read before."""
         section, encode = self.config.solve, self.encoder.encode
-        pairs = [pair for fold in split_preference(self.outer).folds for pair in fold]
-        if section.objective == "reward":
-            self._generate(
-                "gradient of J", [pair.prompt for pair in pairs], section.reward_max_new_tokens, section.reward_samples
-            )
-            head = [self.encoder.encode_prompt(pair.prompt) for pair in pairs]
-            longest = (self.encoder.end_id,) * section.reward_max_new_tokens
-            answers = [(Encoded(ids + longest, len(longest)),) * section.reward_samples for ids in head]
-        elif section.objective == "nll":
-            answers = [(encode(pair.prompt, pair.chosen),) for pair in pairs]
+        answers: list[tuple[Encoded, ...]]
+        if section.objective == "nll":
+            answers = [(encode(pair.prompt, pair.chosen, pair.source),) for pair in pairs]
+        elif section.objective == "reward":
+            new, samples = section.reward_max_new_tokens, section.reward_samples
+            self._generate(name, [pair.prompt for pair in pairs], new, samples)
+            answers = [(self._longest(pair, new),) * samples for pair in pairs]
+            scored = self._scored([row for rows in answers for row in rows], 2.0 if self._tokenwise else 1.0)
+            self._add(name, scored, Work("forward", tuple(answers)))
         else:
             answers = [self._both(pair) for pair in pairs]
-        items = [Item(pair, rows) for pair, rows in zip(pairs, answers, strict=True)]
-        if section.pair_clip < 1.0:
-            self._add("gradient of J", Work("gradient", tuple(item.answers for item in items)))
-        batches = item_batches(items, self.config.token_budget)  # per fold in the run; a batch more makes no difference
-        rows = tuple(tuple(row for k in batch for row in items[k].answers) for batch in batches)
-        self._add("gradient of J", Work("gradient", rows))
+        return [Item(pair, rows) for pair, rows in zip(pairs, answers, strict=True)]
+
+    def _item_batches(self, items: Sequence[Item]) -> tuple[Rows, ...]:
+        """Batches of J, for all folds at once: a batch more makes no difference."""
+        batches = item_batches(items, self.config.token_budget)
+        return tuple(tuple(row for k in batch for row in items[k].answers) for batch in batches)
+
+    def _longest(self, pair: Pair, new: int) -> Encoded:
+        """The prompt of a pair with an answer as long as the policy's own may be."""
+        return Encoded(self.encoder.encode_prompt(pair.prompt) + (self.encoder.end_id,) * new, new)
+
+    def _scored(self, rows: Sequence[Encoded], times: float = 1.0) -> Work:
+        """Answers of the policy's own that the selecting reward model reads."""
+        if self.config.reward.model == "implicit":
+            return Work("forward", self._batches(rows), 2.0 * times)  # theta and theta_0
+        return Work("reward model", (), times * len(rows))
+
+    @property
+    def _tokenwise(self) -> bool:
+        """Whether the selecting reward model gives rewards of tokens, for which it reads an answer once more."""
+        section = self.config.reward
+        return section.model != "sequence_classification" and not embeds_texts(section.model, section.name_or_path)
 
     def _measure(self) -> None:
         """What is measured after every inner run: J on all PA pairs, and answers to a few of their prompts."""
@@ -212,10 +234,12 @@ class Workload:
         self._value_of_j("measure round", pairs)
         if self.config.reward.model != "none":
             probed = sorted(pairs, key=lambda pair: pair.id)[:PROBE_PROMPTS]
-            self._generate("measure round", [pair.prompt for pair in probed], self.config.solve.reward_max_new_tokens)
+            new = self.config.solve.reward_max_new_tokens
+            self._generate("measure round", [pair.prompt for pair in probed], new)
+            self._add("measure round", self._scored([self._longest(pair, new) for pair in probed]))
 
     def _value_of_j(self, name: str, pairs: Sequence[Pair]) -> None:
-        self._add(name, Work("forward", self._batches([row for pair in pairs for row in self._both(pair)])))
+        self._add(name, Work("forward", self._item_batches(self._items(name, pairs))))
 
     def _arms(self) -> None:
         inner, section, most = self.inner, self.config.solve, n_to_select(self.inner, self.outer)
