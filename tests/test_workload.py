@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForSequenceClassification
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    PreTrainedModel,
+)
 
 from e2e.conftest import pair_rows, tiny_config, tiny_files, write_jsonl  # noqa: F401  # fixtures
 from forecast_kit import BARE, EMBEDDER, SIMPLE, Both, both, workload_of
@@ -24,6 +29,7 @@ from u2a.forecast.probe import Measured, Unit
 from u2a.forecast.reward_probe import probe_reward
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
+from u2a.reward import lm_head, models
 from u2a.reward.embedding import Embedder, train_embedding_reward
 from u2a.reward.lm_head import load_hidden_states, train_language_model_reward
 
@@ -54,11 +60,11 @@ def test_too_few_prompts_to_hold_any_out_leave_nothing_to_judge_a_round_by(confi
 # --- reward models -------------------------------------------------------------------------------
 
 
-def save_classifier(folder: Path) -> Path:
-    """A sequence classifier of one label around a tiny model."""
+def save_classifier(folder: Path, kind: type[PreTrainedModel] = LlamaForSequenceClassification) -> Path:
+    """A classifier of one label around a tiny model."""
     settings = tiny_model().config
     settings.num_labels = 1
-    LlamaForSequenceClassification(settings).save_pretrained(folder)
+    kind(settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -120,6 +126,32 @@ def test_a_run_with_a_trained_head_is_let_through_and_told(configure: Callable[.
     nowhere = load_config(tmp_path / "config.yaml", [f"reward.name_or_path={tmp_path / 'nowhere'}"], None)
     with pytest.raises(ModelError, match="reward.name_or_path: .*no readable reward head there"):
         dry_run(nowhere, Console(quiet=True))
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "token_value_head", "language_model"])
+def test_the_reward_analysis_is_told_by_all_answers_that_it_reads(
+    configure: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    made = {"token_value_head": LlamaForTokenClassification, "language_model": LlamaForCausalLM}
+    folder = save_classifier(tmp_path / "rm", made.get(kind, LlamaForSequenceClassification))
+    rewards = {"model": kind, "name_or_path": str(folder), "eval_model": "none"}
+    config = load_config(configure(**BARE | {"reward": rewards}), [], None)
+    expected = sum(work.times for work in workload_of(config).phases["reward analysis"])
+    pipeline = Pipeline(config, Console(quiet=True))
+    assert pipeline._selecting_reward
+    read = []
+    for module in (lm_head, models):
+        forward = module.forward_batches
+        monkeypatch.setattr(
+            module, "forward_batches", lambda rows, *rest, f=forward: read.append(len(rows)) or f(rows, *rest)
+        )
+    pipeline.rewards()
+    assert sum(read) == expected
+
+
+def test_the_analysis_by_an_implicit_reward_is_told_with_both_of_its_passes(configure: Callable[..., Path]) -> None:
+    done = both(configure(**SIMPLE | {"reward": {"model": "implicit", "eval_model": "none"}}), "model.attention=eager")
+    assert told(done, "reward analysis") == pytest.approx(done.console.flops["reward analysis"], rel=0.20)
 
 
 def test_an_expected_reward_is_told_with_the_answers_that_are_drawn_for_it(

@@ -105,7 +105,8 @@ class Workload:
         if section.model == "none":
             return
         pairs = split_reward_pairs(sets.reward)[0]
-        read = [*sets.forget, *_chosen(sets.preference), *_rejected(sets.preference)]
+        again = list(sets.forget) if self._tokenwise else []  # the threshold and the card both read the chosen answers
+        read = [*sets.forget, *again, *_chosen(sets.preference) * 2, *_rejected(sets.preference)]
         if section.model == "implicit":
             self._policy()
             both = [self._both(pair) for pair in pairs]
@@ -113,7 +114,7 @@ class Workload:
             size = DpoSettings().batch_size
             steps = [tuple(r for each in both[k : k + size] for r in each) for k in range(0, len(both), size)]
             self._add("reward model", Work("gradient", tuple(steps), DpoSettings().epochs))
-            self._add("reward analysis", Work("forward", self._batches(self._rows(read)), 4.0))  # theta, theta_0; twice
+            self._add("reward analysis", self._scored(self._rows(read)))
             return
         self._add("reward model", *self._texts("reward model", section, _chosen(pairs), _rejected(pairs), trains=True))
         self._add("reward analysis", *self._texts("reward model", section, read))
