@@ -19,6 +19,7 @@ from e2e.conftest import pair_rows, tiny_config, tiny_files, write_jsonl  # noqa
 from forecast_kit import BARE, EMBEDDER, SIMPLE, Both, both, workload_of
 from tiny import pairs, save_tiny, tiny_model, tiny_tokenizer
 from u2a.bilevel.candidates import CandidateLosses
+from u2a.bilevel.curvature import GaussNewtonOperator
 from u2a.config import RewardSection
 from u2a.config_file import load_config
 from u2a.errors import ModelError
@@ -55,6 +56,22 @@ def test_too_few_prompts_to_hold_any_out_leave_nothing_to_judge_a_round_by(confi
     done = both(configure(**BARE), "solve.heldout_frac=0.01", "model.attention=eager")
     assert [phase.name for phase in done.forecast.phases] == list(done.console.seconds)
     assert told(done, "unlearn u2a") == pytest.approx(done.console.flops["unlearn u2a"], rel=0.10)
+
+
+def test_linear_solves_are_told_for_every_direction(
+    configure: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["solve.adjoint=implicit", "solve.curvature=gauss_newton", "solve.cg_steps=3", "solve.cg_tol=1e-12"]
+    options += ["solve.remove_common=true", "solve.damage_weight=0.5", "solve.heldout_frac=0"]
+    config = load_config(configure(**BARE), options, None)
+    expected = sum(work.times for work in workload_of(config).phases["linear solve"])
+    products = []
+    product = GaussNewtonOperator.product
+    monkeypatch.setattr(
+        GaussNewtonOperator, "product", lambda self, vector: products.append(1) or product(self, vector)
+    )
+    Pipeline(config, Console(quiet=True)).scores()
+    assert len(products) == expected == (3 + 2) * (3 + 1), "per direction three steps and the residual"
 
 
 # --- reward models -------------------------------------------------------------------------------

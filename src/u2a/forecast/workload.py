@@ -180,8 +180,8 @@ class Workload:
             rows = self._rows(inner.retain[: section.curvature_samples])
             self._add("retain gradient", Work("gradient", self._batches(rows)))
         if section.adjoint == "implicit":
-            folds = len(split_preference(self.outer).folds)
-            products = folds * (section.cg_steps + 1) if section.curvature in ("hessian", "gauss_newton") else 1
+            per_solve = section.cg_steps + 1
+            products = self.n_directions * per_solve if section.curvature in ("hessian", "gauss_newton") else 1
             rows = self._rows((*inner.forget[: section.curvature_samples],))
             self._add("linear solve", Work("product", self._batches(rows), products))
         self._add("score candidates", Work("score", self._batches(candidates)))
