@@ -20,19 +20,21 @@ from forecast_kit import BARE, EMBEDDER, SIMPLE, Both, both, workload_of
 from tiny import pairs, save_tiny, tiny_model, tiny_tokenizer
 from u2a.bilevel.candidates import CandidateLosses
 from u2a.bilevel.curvature import GaussNewtonOperator
+from u2a.bilevel.trajectory import plan_of
 from u2a.config import RewardSection
 from u2a.config_file import load_config
 from u2a.errors import ModelError
 from u2a.forecast.dry_run import dry_run, shapes_of
-from u2a.forecast.flops import sizes_of
+from u2a.forecast.flops import Shape, sizes_of
 from u2a.forecast.phases import Basis, phase_costs
-from u2a.forecast.probe import Measured, Unit
+from u2a.forecast.probe import Measured, Meter, Probe, Unit
 from u2a.forecast.reward_probe import probe_reward
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
 from u2a.reward import lm_head, models
 from u2a.reward.embedding import Embedder, train_embedding_reward
 from u2a.reward.lm_head import load_hidden_states, train_language_model_reward
+from u2a.unlearn import InnerProblem
 
 
 @pytest.fixture
@@ -260,3 +262,43 @@ def test_gradients_of_folds_are_added_to_what_a_probe_without_them_measured(conf
         assert peak("gradient of J", directions) == 1000 + directions * vector
         assert peak("score candidates", directions) >= 1000 + (2 * directions - 1) * vector
     assert peak("warm-up", 9) == 1000
+
+
+@pytest.mark.parametrize("retain_term", ["nll", "none"])
+def test_memory_of_training_is_that_of_its_largest_batch(
+    configure: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retain_term: str
+) -> None:
+    negatives = [
+        {"prompt": f"N{k}: tea?", "completion": f"never {k}" + " ugh" * 60 * (k % 20 == 13)} for k in range(60)
+    ]
+    options = [f"data.forget={write_jsonl(tmp_path / 'long.jsonl', negatives)}", "partition.forget_frac=0"]
+    options += [
+        "partition.preference_frac=0.5",
+        "solve.selected_frac=1.0",
+        "unlearn.max_steps=20",
+        "unlearn.batch_size=4",
+    ]
+    options += ["solve.heldout_frac=0", "evaluation.controls=[full]", f"unlearn.retain_term={retain_term}"]
+    config = load_config(configure(**BARE), options, None)
+    workload, pipeline = workload_of(config), Pipeline(config, Console(quiet=True))
+    policy, inner = pipeline.policy, workload.inner
+
+    def micro_bytes(problem: InnerProblem) -> float:
+        """Memory of the trainer's largest micro-batch, its candidates and retain rows together."""
+        found = []
+        for step in plan_of(policy, problem, problem.uniform()).steps:
+            for batch in step.micro_batches:
+                parts = [batch[name] for name in ("forget", "retain") if name in batch]
+                shapes = [Shape(*part["input_ids"].shape, part["targets"].shape[1]) for part in parts]
+                found.append(sum(sizes_of(policy.model).gradient_bytes(shape) for shape in shapes))
+        return max(found)
+
+    def bare(self: Meter, work: Callable[[], object]) -> int:
+        work()
+        return 1000
+
+    monkeypatch.setattr(Meter, "peak_bytes", bare)
+    probe = Probe(policy, workload, sizes_of(policy.model))
+    first = micro_bytes(probe._problem())
+    assert micro_bytes(inner) > 1.5 * first, "a longer answer than any of the first rows"
+    assert probe.measure().units["step"].peak_bytes == pytest.approx(1000 + micro_bytes(inner) - first, abs=1)

@@ -32,7 +32,7 @@ from u2a.encoding import Encoded
 from u2a.evaluation.decoding import Decoding
 from u2a.evaluation.generation import generate_ids
 from u2a.forecast.flops import Shape, Sizes, shape_of
-from u2a.forecast.work import Rows
+from u2a.forecast.work import Rows, Work
 from u2a.forecast.workload import Workload
 from u2a.modeling import Params, Policy
 from u2a.progress import Quiet, peak_rss_bytes, reset_peak_rss
@@ -189,11 +189,11 @@ class Probe:
         if scorer is not None and not isinstance(scorer, Central | OneSided):
             units["score"] = self._scoring(batches["score"], scorer)
         if "step" in kinds:
-            units["step"] = self._training(self._problem())
+            units["step"] = self._on_largest(self._training(self._problem()), works, "step", 1.0)
         if "product" in kinds:
             units["product"] = self._product()
         if "unrolled" in kinds:
-            units["unrolled"] = self._unrolled(self._problem())
+            units["unrolled"] = self._on_largest(self._unrolled(self._problem()), works, "unrolled", 2.0)
         generation = None
         if "generate" in kinds:
             units["generate"], generation = self._generating(batches["generate"])
@@ -275,14 +275,26 @@ class Probe:
         seconds = (clock.times[-1] - clock.times[0]) / sum(flops[1:])
         return Unit(seconds, 0.0, peak, start_s=max(0.0, in_all - seconds * sum(flops)))
 
+    def _on_largest(self, unit: Unit, works: Sequence[Work], kind: str, factor: float) -> Unit:
+        """The unit with the memory of the run's largest micro-batch, told by formula from that of the probe's."""
+        problem = self._problem()
+        steps = plan_of(self.policy, problem, problem.uniform()).steps
+        probed = max(self._micro_bytes(batch) for step in steps for batch in step.micro_batches)
+        shapes = [(work, [shape_of(batch) for batch in work.batches]) for work in works if work.kind == kind]
+        largest = max(
+            sum(self.sizes.gradient_bytes(shape) for shape in each[k : k + work.graph])
+            for work, each in shapes
+            for k in range(0, len(each), work.graph)
+        )
+        return replace(unit, peak_bytes=unit.peak_bytes + int(factor * max(0.0, largest - probed)))
+
+    def _micro_bytes(self, batch: dict[str, Any]) -> float:
+        """Memory of one micro-batch of the trainer, by formula."""
+        return sum(self.sizes.gradient_bytes(shape) for shape in _shapes(batch))
+
     def _step_flops(self, batch: dict[str, Any]) -> float:
         """Operations of one micro-batch of the trainer."""
-        total = 0.0
-        for part in ("forget", "retain"):
-            if part in batch:
-                rows, width = batch[part]["input_ids"].shape
-                total += self.sizes.gradient(Shape(rows, width, batch[part]["targets"].shape[1]))
-        return total
+        return sum(self.sizes.gradient(shape) for shape in _shapes(batch))
 
     def _unrolled(self, problem: InnerProblem) -> Unit:
         """The derivative through two steps."""
@@ -340,6 +352,12 @@ class Probe:
 
     def _encoded(self) -> list[Encoded]:
         return [self.policy.encoder.encode(row.prompt, row.completion, row.source) for row in self._examples()]
+
+
+def _shapes(batch: dict[str, Any]) -> list[Shape]:
+    """Shapes of the candidates and of the retain rows of one micro-batch of the trainer."""
+    parts = [batch[part] for part in ("forget", "retain") if part in batch]
+    return [Shape(len(part["input_ids"]), part["input_ids"].shape[1], part["targets"].shape[1]) for part in parts]
 
 
 class _Clock:

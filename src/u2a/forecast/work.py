@@ -22,11 +22,13 @@ class Work:
             curvature), or ``reward model``, ``eval reward model``, ``second reward model``.
         batches: rows of every batch; of ``generate`` the prompts, with the tokens to draw as their answer length.
         times: how often all of that is done; of a reward model the number of texts.
+        graph: batches that follow each other and are in one graph: those of the candidates and of the retain rows.
     """
 
     kind: str
     batches: tuple[Rows, ...] = ()
     times: float = 1.0
+    graph: int = 1
 
 
 def step_batches(

@@ -163,7 +163,7 @@ class Workload:
         if self.config.solve.refines_unrolled(self.config.unlearn):
             self._gradient_of_j()
             batches = self._steps(inner, chosen)
-            self._add("unrolled derivative", Work("unrolled", batches))
+            self._add("unrolled derivative", Work("unrolled", batches, graph=_in_one_graph(inner)))
         else:
             self._gains(inner, chosen)
         self._inner_run("inner run, final weights", inner, weights)
@@ -306,7 +306,7 @@ class Workload:
     def _inner_run(self, name: str, inner: InnerProblem, weights: dict[str, float]) -> None:
         """One run of the trainer under the guard."""
         rows = weighted_rows(inner.forget, weights)
-        self._add(name, Work("step", self._steps(inner, rows)))
+        self._add(name, Work("step", self._steps(inner, rows), graph=_in_one_graph(inner)))
         if inner.section.retain_term == "kl":
             self._add(name, Work("forward", self._steps(inner, rows)[1::2]))
         guard = inner.guard
@@ -372,6 +372,12 @@ class Workload:
 
     def _add(self, name: str, *works: Work) -> None:
         self.phases.setdefault(name, []).extend(work for work in works if work.times)
+
+
+def _in_one_graph(inner: InnerProblem) -> int:
+    """Batches of one micro-step: of the candidates, and of the retain rows where there are any."""
+    section = inner.section
+    return 2 if section.retain_term in ("nll", "kl") and inner.retain and section.retain_batch_size else 1
 
 
 def _with_steps(inner: InnerProblem, steps: int) -> InnerProblem:
