@@ -26,6 +26,7 @@ from u2a.cli import main
 from u2a.config import AdapterConfig, GuardSection, UnlearnSection
 from u2a.config_file import load_config
 from u2a.encoding import Encoded
+from u2a.errors import ConfigError
 from u2a.forecast.dry_run import dry_run, shapes_of
 from u2a.forecast.flops import Shape, shape_of, sizes_of
 from u2a.forecast.phases import Forecast
@@ -288,6 +289,24 @@ def test_errors_of_the_data_appear_and_options_that_do_not_go_together_are_refus
     assert "reward pairs" in capsys.readouterr().err
     assert main(["run", path, "--json", "--quiet"]) == 2
     assert main(["run", path, "--dry-run", "--gate", "yes", "--quiet"]) == 2
+
+
+def test_a_judge_without_its_key_is_met_as_in_the_run(
+    configure: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOY_KEY", raising=False)
+    monkeypatch.setattr("u2a.forecast.dry_run.device_free_bytes", lambda _: 1)  # formulas alone
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "How?"}\n', encoding="utf-8")
+    judge = {"rubric": "answered", "url": "http://host/v1", "model": "toy", "key_variable": "TOY_KEY"}
+    sets = [{"name": "asked", "path": str(tmp_path / "asked.jsonl")}]
+    path = configure(**BARE | {"evaluation": {"judge": judge, "prompt_sets": sets}})
+    with pytest.raises(ConfigError, match="TOY_KEY is empty"):
+        dry_run(load_config(path, [], None), Console(quiet=True))
+    kept = tmp_path / "run" / "cache" / "verdicts.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert dry_run(load_config(path, [], None), Console(quiet=True)).phases, "it has replied before"
+    assert written(tmp_path / "run") == {"cache/verdicts.jsonl"}
 
 
 def test_a_model_that_does_not_fit_is_not_loaded_and_gets_advice_but_no_time(

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from u2a.adapter import add_adapter
 from u2a.config import RewardSection, RunConfig
+from u2a.early_checks import VERDICTS
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, ModelError
 from u2a.evaluation_stage import EvaluationStage
@@ -140,8 +141,12 @@ def _aside(config: RunConfig) -> Iterator[RunConfig]:
             for known in cache_dir().iterdir() if cache_dir().is_dir() else ():
                 (cache / known.name).symlink_to(known.resolve())
             os.environ["U2A_CACHE"] = str(cache)
+        aside, verdicts = Path(folder) / "run", Path("cache") / VERDICTS
+        if (Path(config.output_dir) / verdicts).exists():  # the judge has replied before: its key is not asked for
+            (aside / verdicts).parent.mkdir(parents=True)
+            (aside / verdicts).touch()
         try:
-            yield config.model_copy(update={"output_dir": str(Path(folder) / "run")})
+            yield config.model_copy(update={"output_dir": str(aside)})
         finally:
             if before is None:
                 os.environ.pop("U2A_CACHE", None)
