@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from u2a.robustness.quantise import quantised
 from u2a.robustness.records import RobustnessTable
 from u2a.robustness.relearn import Relearning
 from u2a.robustness.table import markdown, table_rows
-from u2a.types import Example
+from u2a.types import Example, Message
 from u2a.unlearn import InnerProblem, unlearn
 
 torch.set_num_threads(1)
@@ -255,6 +255,38 @@ def test_log_probs_are_means_per_token_and_nan_where_there_is_no_room() -> None:
     encoded = policy.encoder.encode(short.prompt, short.completion)
     assert values["s"] == pytest.approx(float(policy.log_probs([encoded]).mean.detach()))
     assert math.isnan(values["l"]) and list(values) == ["l", "s"]
+
+
+@dataclass(frozen=True)
+class Longer:
+    """An attack that puts words before the question."""
+
+    name: str = "longer"
+    description: str = "words before the question"
+
+    def apply(self, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+        return ask("well " * 8 + prompt[0].content)
+
+
+def test_an_answer_that_an_attack_cuts_is_not_compared_with_the_whole_one() -> None:
+    policy = tiny_policy(max_length=120)
+    short, long = (
+        Example(id=name, prompt=ask(f"{name}?"), completion=f"{name} " + "bah " * count)
+        for name, count in (("s", 1), ("l", 18))
+    )
+    assert policy.encoder.encode(long.prompt, long.completion).n_answer == len(long.completion) + 1, "whole"
+    attacked = policy.encoder.encode(Longer().apply(long.prompt), long.completion)
+    assert attacked.n_answer < len(long.completion), "cut"
+    data = RobustnessData({"before": policy.snapshot()}, (long, short))
+    options = RobustnessOptions(schemes=(), attacks=(Longer(),), relearning=None, bootstrap=100)
+    table = robustness(policy, data, Measures(mean_log_probs), options, QUIET)
+    plain, longer = (row_of(table, "log_prob/forget", name) for name in ("none", "prompt longer"))
+    assert set(plain.arms["before"].values) == {"l", "s"} and plain.n_undefined == {"before": 0}
+    assert set(longer.arms["before"].values) == {"s"} and longer.n_undefined == {"before": 1}
+    assert longer.gaps["before"].n == 1
+    sums = policy.encoder.encode(Longer().apply(short.prompt), short.completion)
+    mean = float(policy.log_probs([sums]).mean.detach())
+    assert longer.arms["before"].value == pytest.approx(mean)
 
 
 def test_bad_options() -> None:

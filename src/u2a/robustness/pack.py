@@ -291,12 +291,27 @@ def _measure(policy: Policy, plan: _Plan, attack: PromptAttack | None = None) ->
         for name, rows in plan.rows.items():
             changed = [(row, attack.apply(row.prompt) if attack else row.prompt) for row in rows]
             asked = [row.model_copy(update={"prompt": turns}) for row, turns in changed if turns is not None]
-            found |= {f"{metric}/{name}": dict(each) for metric, each in plan.measures.rows(policy, asked).items()}
+            cut = _cut(policy, rows, asked) if attack else frozenset()  # a value of theirs would be of other tokens
+            for metric, each in plan.measures.rows(policy, asked).items():
+                found[f"{metric}/{name}"] = {key: math.nan if key in cut else value for key, value in each.items()}
     if plan.measures.answers and plan.prompts:
         turns = {key: attack.apply(prompt) if attack else prompt for key, prompt in plan.prompts.items()}
         asked_for = {key: value for key, value in turns.items() if value is not None}
         found |= {metric: dict(each) for metric, each in plan.measures.answers(policy, asked_for).items()}
     return found
+
+
+def _cut(policy: Policy, rows: Sequence[Example], asked: Sequence[Example]) -> frozenset[str]:
+    """Ids of rows of whose answer fewer tokens fit beside the changed prompt than beside their own."""
+    before = {row.id: _answer_tokens(policy, row) for row in rows}
+    return frozenset(row.id for row in asked if _answer_tokens(policy, row) < before[row.id])
+
+
+def _answer_tokens(policy: Policy, row: Example) -> int:
+    try:
+        return policy.encoder.encode(row.prompt, row.completion).n_answer
+    except DataError:
+        return 0
 
 
 def _by_id(rows: Sequence[Example]) -> tuple[Example, ...]:
