@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +16,10 @@ from u2a.record import content_id
 
 WHOLE_BYTES = 64 * 2**20  # larger files are sampled
 SAMPLES, SAMPLE_BYTES = 256, 64 * 2**10
+TENSOR_SAMPLES, TENSOR_SAMPLE_BYTES = (
+    16,
+    16 * 2**10,
+)  # of every tensor; one that is no larger than they are is read whole
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".gguf")
 
 
@@ -24,8 +30,9 @@ def named_content(name: str | None) -> str:
         name: a path, a hub id or another name.
 
     Returns:
-        Hash of names and contents of the files a model is loaded from (of files above 64 MiB their size and 256 samples
-        that are spread over them), or of the one file; an empty text for a name behind which nothing lies here.
+        Hash of names and contents of the files a model is loaded from, or of the one file; an empty text for a name
+        behind which nothing lies here. Files above 64 MiB are sampled: of safetensors the header, tensors of up to
+        256 KiB and 16 samples of each larger one are read, of others the size and 256 samples.
     """
     place = Path(name) if name else None
     if place is None or not place.exists():
@@ -92,15 +99,52 @@ def judging_content(config: RunConfig) -> list[str]:
     return [named_content(name) for name in names]
 
 
+def clustering_content(config: RunConfig) -> list[str]:
+    """Hash what lies behind the name of the embedder by which gains are pooled.
+
+    Args:
+        config: options.
+
+    Returns:
+        As :func:`named_content`; empty where there is none, or no folder behind its name.
+    """
+    found = named_content(config.solve.cluster_embedder) if config.solve.clusters else ""
+    return [found] if found else []
+
+
 @lru_cache(maxsize=256)
 def _digest(path: Path, changed_ns: int, size: int) -> str:
     """Hash a file, once as long as it does not change."""
     found = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as stream:
-        if size <= WHOLE_BYTES:
-            found.update(stream.read())
-        else:
-            for k in range(SAMPLES):
-                stream.seek((size - SAMPLE_BYTES) * k // (SAMPLES - 1))
-                found.update(stream.read(SAMPLE_BYTES))
+        for start, length in [(0, size)] if size <= WHOLE_BYTES else _samples(path, stream, size):
+            stream.seek(start)
+            found.update(stream.read(length))
     return found.hexdigest()
+
+
+def _samples(path: Path, stream: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """Places and lengths of what is read of a large file: of a file of tensors a part of each."""
+    spread = _spread(0, size, SAMPLES, SAMPLE_BYTES)
+    if path.suffix != ".safetensors":
+        return spread
+    try:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        tensors = json.loads(stream.read(min(start, size) - 8))
+        spans = [each["data_offsets"] for name, each in sorted(tensors.items()) if name != "__metadata__"]
+        if all(0 <= a <= b <= size - start for a, b in spans):
+            return [(0, start), *(part for a, b in spans for part in _tensor(start + a, start + b))]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # no such file, whatever its name
+        pass
+    return spread
+
+
+def _tensor(start: int, end: int) -> list[tuple[int, int]]:
+    if end - start <= TENSOR_SAMPLES * TENSOR_SAMPLE_BYTES:
+        return [(start, end - start)]
+    return _spread(start, end, TENSOR_SAMPLES, TENSOR_SAMPLE_BYTES)
+
+
+def _spread(start: int, end: int, count: int, length: int) -> list[tuple[int, int]]:
+    """Samples of equal distance, the first and the last byte among them."""
+    return [(start + (end - start - length) * k // (count - 1), length) for k in range(count)]

@@ -29,7 +29,7 @@ from u2a.evaluation.generation import Decoding, generate
 from u2a.finetune import finetune, mixture, n_steps
 from u2a.model_loading import check_adapter_layers, load_model, load_tokenizer
 from u2a.modeling import Policy
-from u2a.named_content import model_identity, named_content, with_lasting_names
+from u2a.named_content import clustering_content, model_identity, named_content, with_lasting_names
 from u2a.packaged import is_converted
 from u2a.partition import describe, partition
 from u2a.progress import Console
@@ -73,8 +73,7 @@ class Pipeline:
         self.config, self.console = with_lasting_names(config), console
         self.dir = Path(config.output_dir)
         self.sources: Mapping[str, Source] = sources or {}
-        self._model, self._tokenizer = model, tokenizer
-        self._only = only
+        self._model, self._tokenizer, self._only = model, tokenizer, only
         name = config.unlearn.report_to
         self.store = StageStore(self.dir, console, None if name == "none" else Tracker(name, self.dir))
         self.n_truncated = 0
@@ -287,7 +286,8 @@ class Pipeline:
     def _solve_options(self) -> list[object]:
         config = self.config
         inner = config.unlearn.model_dump(exclude={"report_to", "save_minutes", "save_steps"})
-        return [self._reward_options, config.solve.model_dump(), inner, config.guard.model_dump()]
+        outer = [config.solve.model_dump(), inner, config.guard.model_dump()]
+        return [self._reward_options, *outer, *clustering_content(config)]
 
     def _solve(self, on_scores: Callable[[ScoreTable], None] | None) -> Solution:
         outer = replace(self.outer, checkpoints=self._checkpoints("solve", self._solve_key))
