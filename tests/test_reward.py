@@ -22,6 +22,7 @@ from transformers import (
 
 from tiny import ask, examples, pairs, save_tiny, save_tiny_encoder, tiny_model, tiny_policy, tiny_tokenizer
 from u2a.config import RewardSection
+from u2a.config_base import count_of
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
 from u2a.progress import Console
@@ -471,7 +472,17 @@ def test_prefilter_keeps_the_stated_share_of_the_lowest_whatever_the_order(frac:
     there = {row.id: row.kept for row in analyse(LENGTH, rows, [], section).rows}
     back = {row.id: row.kept for row in analyse(LENGTH, rows[::-1], [], section).rows}
     assert there == back
-    assert sum(there.values()) == math.ceil(frac * n)
+    assert sum(there.values()) == math.ceil(frac * n - 1e-9)
+
+
+@given(hundredths=st.integers(1, 100), n=st.integers(0, 400))
+def test_a_share_is_counted_as_the_decimal_that_was_written(hundredths: int, n: int) -> None:
+    assert count_of(float(f"{hundredths / 100:.2f}"), n) == -(-hundredths * n // 100)  # 0.07 * 100 > 7 in binary
+
+
+def test_the_pre_filter_keeps_7_of_100_at_7_percent() -> None:
+    table = analyse(LENGTH, examples(100), [], RewardSection(prefilter_frac=0.07))
+    assert sum(row.kept for row in table.rows) == RewardSection(prefilter_frac=0.07).n_kept(100) == 7
 
 
 # --- building -----------------------------------------------------------------------------------

@@ -203,6 +203,20 @@ def test_dry_run_and_run_let_reward_models_read_prompts_as_long_as_the_data_s(
     assert not both(path, *options).forecast.advice
 
 
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_sizes_of_files_that_hold_the_candidates_texts(configure: Callable[..., Path], tmp_path: Path) -> None:
+    tail = " ".join(f"wörd{k}" for k in range(300))
+    rows = [{"prompt": f"N{k}: tea {k * 7919 % 1009}?", "completion": f"never {k} {tail}"} for k in range(60)]
+    options = [f"data.forget={write_jsonl(tmp_path / 'long.jsonl', rows)}", "partition.forget_frac=0"]
+    options += ["partition.preference_frac=0.5", "evaluation.controls=[]", "data.max_length=300"]
+    done = both(configure(**BARE), *options)
+    sizes = {file.path: file.bytes or 0 for file in done.forecast.files}
+    for name in ("candidates.csv", "report.html", "partition.json"):
+        assert sizes[name] == pytest.approx((done.folder / name).stat().st_size, rel=0.25), name
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from u2a.config_base import Count, Frac, NonNegative, Positive, Section, option
+from u2a.config_base import Count, Frac, NonNegative, Positive, Section, count_of, option
 from u2a.config_evaluation import EvaluationSection, RobustnessSection
 
 
@@ -146,6 +146,17 @@ class RewardSection(Section):
     prefilter_frac: Annotated[float, Field(gt=0.0, le=1.0)] = option(
         1.0, "share of candidates with the lowest reward that go on (1: all)"
     )
+
+    def n_kept(self, candidates: int) -> int:
+        """Count the candidates that the pre-filter leaves.
+
+        Args:
+            candidates: all of them.
+
+        Returns:
+            ceil(prefilter_frac candidates); all without a reward model.
+        """
+        return candidates if self.model == "none" else count_of(self.prefilter_frac, candidates)
 
 
 class SolveSection(Section):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, combinations
 from typing import Any, Literal
 
-from u2a.config import DataSection, PartitionSection, RewardSection, RunConfig
+from u2a.config import DataSection, PartitionSection, RunConfig
 from u2a.contradictions import answer_key
 from u2a.data import Source, example_id, fold, parse_examples, parse_pairs, prompt_key, read_rows
 from u2a.errors import ConfigError, DataError
@@ -354,7 +354,7 @@ def shortages(result: Partition, config: RunConfig) -> list[str]:
         )
     if not result.forget:
         problems.append("forget: no candidates (set data.forget, or data.pairs with partition.forget_frac > 0)")
-    elif solve.n_selected is not None and solve.n_selected > (left := _left(len(result.forget), reward)):
+    elif solve.n_selected is not None and solve.n_selected > (left := reward.n_kept(len(result.forget))):
         problems.append(
             f"solve.n_selected: {solve.n_selected} is more than the {left} candidates "
             f"(set at most {left}, or give more negatives)"
@@ -374,11 +374,6 @@ def shortages(result: Partition, config: RunConfig) -> list[str]:
     if config.finetune.enabled and not result.finetune:
         problems.append("finetune: no pairs (set data.finetune, or data.pairs with partition.finetune_frac > 0)")
     return problems
-
-
-def _left(candidates: int, reward: RewardSection) -> int:
-    """Candidates that the reward pre-filter will leave."""
-    return candidates if reward.model == "none" else math.ceil(reward.prefilter_frac * candidates)
 
 
 def describe(result: Partition) -> list[str]:

@@ -17,9 +17,11 @@ from u2a.config import RunConfig
 from u2a.forecast.flops import Sizes
 from u2a.forecast.phases import FileSize
 from u2a.forecast.workload import Workload
+from u2a.report import MAX_CHARS, MAX_ROWS
 from u2a.types import Partition
 
 ROW_BYTES = 450  # of a score, a weight or a metric in a record, about
+CSV_ROW_BYTES = 150  # of a candidate's numbers and reason in candidates.csv, about
 PAGE_BYTES = 60_000  # of the report without its rows
 TEXT_BYTES = 1.1  # of a stored text, over its own length: quotes and escapes
 
@@ -53,8 +55,8 @@ def files_of(workload: Workload, sizes: Sizes, model: nn.Module, tokenizer: PreT
         "diagnosis.json": 7_000,
         "solution.json": ROW_BYTES * n_forget + 20 * n_forget * workload.n_directions,
         "evaluation.json": (ROW_BYTES // 2) * len(arms) * len(sets.evaluation),
-        "candidates.csv": int(ROW_BYTES * n_forget + texts / 8),
-        "report.html": int(PAGE_BYTES + texts / 4 + ROW_BYTES * n_forget),
+        "candidates.csv": int(CSV_ROW_BYTES * n_forget + _candidate_bytes(sets)),
+        "report.html": int(PAGE_BYTES + ROW_BYTES * min(n_forget, MAX_ROWS) + _shown_bytes(sets)),
     }
     if config.reward.model != "none":
         tokens = 0 if config.reward.model in ("embedding", "sequence_classification") else _answer_tokens(workload)
@@ -131,10 +133,21 @@ def _n_rows(sets: Partition) -> int:
     return pairs + len(sets.forget) + len(sets.retain)
 
 
+def _candidate_bytes(sets: Partition, most: int | None = None) -> float:
+    """Length of the candidates' last questions and their answers, each up to ``most`` characters."""
+    texts = [text for row in sets.forget for text in (row.prompt[-1].content if row.prompt else "", row.completion)]
+    return TEXT_BYTES * sum(len(text[:most].encode()) for text in texts)
+
+
+def _shown_bytes(sets: Partition) -> float:
+    """Length of the candidates' texts in the report."""
+    return _candidate_bytes(sets, MAX_CHARS) * min(1.0, MAX_ROWS / max(1, len(sets.forget)))
+
+
 def _text_bytes(sets: Partition) -> float:
     """Length of all stored texts."""
     pairs = (*sets.finetune, *sets.preference, *sets.reward, *sets.evaluation)
     rows = (*sets.forget, *sets.retain)
-    chars = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) + sum(len(row.completion) for row in rows)
-    chars += sum(len(turn.content) for row in (*pairs, *rows) for turn in row.prompt)
-    return TEXT_BYTES * chars
+    texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)] + [row.completion for row in rows]
+    texts += [turn.content for row in (*pairs, *rows) for turn in row.prompt]
+    return TEXT_BYTES * sum(len(text.encode()) for text in texts)

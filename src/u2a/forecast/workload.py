@@ -75,8 +75,7 @@ class Workload:
     def inner(self) -> InnerProblem:
         """The inner problem; of the candidates the reward analysis leaves away it knows the number alone."""
         config, parts = self.config, self.partition.retain_parts()
-        share = config.reward.prefilter_frac if config.reward.model != "none" else 1.0
-        kept = self.partition.forget[: math.ceil(share * len(self.partition.forget))]
+        kept = self.partition.forget[: config.reward.n_kept(len(self.partition.forget))]
         seed = derive_seed(config.seed, "unlearn")
         return InnerProblem(kept, parts.train, parts.guard, config.unlearn, config.guard, seed)
 

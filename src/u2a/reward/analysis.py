@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from u2a.bilevel.select import ranking
 from u2a.config import RewardSection
+from u2a.config_base import count_of
 from u2a.data import prompt_key
 from u2a.errors import ConfigError
 from u2a.model_loading import pick_device
@@ -118,7 +118,7 @@ def analyse(
         tokens = model.token_rewards(prompts, answers)
         rewards = model.score(prompts, answers).tolist()
     threshold = _threshold(model, preference, section.quantile)
-    n_kept = math.ceil(section.prefilter_frac * len(forget))
+    n_kept = count_of(section.prefilter_frac, len(forget))
     order = ranking(-torch.tensor(rewards, dtype=torch.float64), [row.id for row in forget])
     kept = set(order[:n_kept])
     rows = []

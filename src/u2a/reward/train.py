@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from u2a.config import DataSection
+from u2a.config_base import count_of
 from u2a.data import prompt_key, read_pairs
 from u2a.errors import ConfigError, DataError
 from u2a.model_loading import pick_device
@@ -133,7 +133,7 @@ def split_by_prompt(pairs: Sequence[Pair], settings: HeadTraining) -> tuple[list
     distinct = {pair.id: pair for pair in pairs}
     keys = {row_id: prompt_key(pair.prompt) for row_id, pair in distinct.items()}
     names = sorted(set(keys.values()), key=lambda key: (content_id(str(settings.seed), key), key))
-    n_held = math.ceil(settings.holdout_frac * len(names))
+    n_held = count_of(settings.holdout_frac, len(names))
     if len(names) < settings.min_prompts or len(names) - n_held < MIN_PROMPTS:
         raise DataError(
             f"pairs: {len(distinct)} pairs on {len(names)} prompts, {n_held} of them held out, expected at least "
