@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaForSequenceClassification
 
 from e2e.conftest import pair_rows, write_jsonl
+from tiny import tiny_model, tiny_tokenizer
 from u2a.bilevel.select import TIE, ranking, top_block
 from u2a.cli import main
 from u2a.content_hash import content_hash
@@ -155,6 +158,34 @@ def test_a_block_is_the_start_of_the_ranking() -> None:
 
 
 # --- the hash ----------------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_in_another_folder_gives_the_same_hash(runs: Run, tmp_path: Path) -> None:
+    def save(folder: Path, seed: int) -> None:
+        settings = tiny_model().config
+        settings.num_labels = 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            LlamaForSequenceClassification(settings).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+
+    def found(name: str, folder: Path) -> RunRecords:
+        options = [f"{which}model=sequence_classification" for which in ("", "eval_")]
+        options += [f"name_or_path={folder / 'selects'}", f"eval_name_or_path={folder / 'judges'}"]
+        words = [word for option in options for word in ("--set", f"reward.{option}")]
+        return runs(name, *words, "--set", "evaluation.generate_prompts=4", "--set", "evaluation.max_new_tokens=4")
+
+    save(tmp_path / "first" / "selects", 0)
+    save(tmp_path / "first" / "judges", 1)
+    shutil.copytree(tmp_path / "first", tmp_path / "elsewhere" / "second")
+    one, other = found("here", tmp_path / "first"), found("there", tmp_path / "elsewhere" / "second")
+    assert one.rewards is not None and one.evaluation is not None
+    assert str(tmp_path / "first") in one.rewards.card.name
+    assert str(tmp_path / "first") in one.evaluation.model_dump_json()
+    assert content_hash(one) == content_hash(other)
+    row = one.rewards.rows[0].model_copy(update={"reward": one.rewards.rows[0].reward + 1e-9})
+    changed = one.rewards.model_copy(update={"rows": (row, *one.rewards.rows[1:])})
+    assert content_hash(replace(one, rewards=changed)) != content_hash(one)
 
 
 def test_the_hash_sees_every_number_and_no_time(runs: Run) -> None:
