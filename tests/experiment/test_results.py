@@ -211,6 +211,20 @@ def test_files_hold_every_figure(tmp_path: Path) -> None:
     assert widths[0::2] == widths[1::2] and widths[0] < widths[2]  # rewards at the full level only
 
 
+def test_figures_show_the_arms_that_are_tested_on_their_task(tmp_path: Path) -> None:
+    families = {
+        "elsewhere": {"level": 4.0, "contrasts": [["a", "c"]], "tasks": []},
+        "here": {"level": 4.0, "contrasts": [["b", "c"]], "tasks": ["one"]},
+    }
+    arms = {"a": {"method": "full"}, "b": {"method": "random_k"}, "c": {"method": "u2a"}}
+    declared, found = protocol(families=families, arms=arms), cells({"a": 2.0, "b": 0.0, "c": 1.0})
+    write_results(declared, analyse(declared, "h", found), (), tmp_path)
+    for name in ("preference_margin", "cost"):
+        drawing = (tmp_path / f"main-one-{name}.svg").read_text(encoding="utf-8")
+        shown = [arm for arm in "abc" if f">{arm}<" in drawing or f">{arm}: " in drawing]
+        assert shown == ["b", "c"], name
+
+
 def test_a_statement_may_rest_on_some_contrasts_of_a_family() -> None:
     families = {"main": {"level": 4.0, "contrasts": [["a", "b"], ["b", "a"]]}}
     claim = {"text": "A beats B.", "rule": "better", "family": "main", "contrasts": [["a", "b"]]}

@@ -296,10 +296,10 @@ def _failures(found: ExperimentFigures) -> list[str]:
 
 
 def _figures(protocol: Protocol, name: str, task: TaskFigures, folder: Path) -> list[Path]:
-    """Curves over the budget for the arms of the first family, and what every arm spent on what."""
+    """Curves over the budget for the arms of the task's families, and what every arm spent on what."""
     files = []
-    families = list(protocol.families.values())[:1]
-    wanted = dict.fromkeys(arm for family in families for pair in family.contrasts for arm in pair)
+    families = [each for each in protocol.families.values() if each.tasks is None or name in each.tasks]
+    wanted = {arm for family in families for pair in family.contrasts for arm in pair}
     arms = [arm for arm in task.arms if arm.arm in wanted or not wanted][:CURVES]
     for metric in ("preference_margin", "retain_ppl"):
         series = [_curve(arm, metric, colour) for colour, arm in enumerate(arms)]
