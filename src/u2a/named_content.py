@@ -16,10 +16,7 @@ from u2a.record import content_id
 
 WHOLE_BYTES = 64 * 2**20  # larger files are sampled
 SAMPLES, SAMPLE_BYTES = 256, 64 * 2**10
-TENSOR_SAMPLES, TENSOR_SAMPLE_BYTES = (
-    16,
-    16 * 2**10,
-)  # of every tensor; one that is no larger than they are is read whole
+TENSOR_SAMPLES, TENSOR_SAMPLE_BYTES = 16, 16 * 2**10  # of every tensor; a smaller one is read whole
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".gguf")
 
 
