@@ -45,6 +45,7 @@ def main(batch_size: int, path: str) -> None:
         if trainer.is_world_process_zero():
             save_file(trainer.policy.snapshot(), path)
             print(f"processes: {trainer.args.world_size}")
+        trainer.accelerator.end_training()  # a group left to the end of the process may abort it
 
 
 if __name__ == "__main__":

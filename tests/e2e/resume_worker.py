@@ -36,6 +36,7 @@ def main(folder: str) -> None:
         losses = torch.tensor([entry["loss"] for entry in run.state.log_history if "loss" in entry])
         if run.is_world_process_zero():
             save_file(run.policy.snapshot() | {"losses": losses}, f"{folder}/{name}.safetensors")
+    run.accelerator.end_training()  # a group left to the end of the process may abort it
 
 
 if __name__ == "__main__":
