@@ -71,6 +71,20 @@ def test_lowest_reward_takes_the_longest_answers() -> None:
     assert rewards_of(setting, by_hand) == {row.id: -float(len(row.completion)) for row in by_hand}
 
 
+def test_as_many_lowest_rewards_as_u2a_takes_free_of_charge() -> None:
+    setting = small_setting(solve={"fallback": "none"})
+    taken = len(weights("u2a", setting))
+    rewards = rewards_of(setting, setting.partition.forget)
+    by_hand = sorted(rewards, key=lambda name: (rewards[name], name))[:taken]
+    trained, meter, _ = run("lowest_reward_as_u2a", setting, 2)
+    plain, plain_meter, _ = run("lowest_reward_k", setting, 2)
+    assert trained.selection is not None and trained.selection.weights == dict.fromkeys(by_hand, 1 / taken)
+    assert plain.selection is not None and trained.steps == plain.steps == 2
+    assert meter.spent().flops.keys() == plain_meter.spent().flops.keys()
+    if taken == len(plain.selection.weights):
+        assert meter.spent().flops == plain_meter.spent().flops
+
+
 def test_highest_loss_takes_the_rows_with_the_largest_loss_of_transformers() -> None:
     setting = small_setting()
     losses = {}

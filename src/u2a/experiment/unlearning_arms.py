@@ -243,6 +243,15 @@ def choose_lowest_reward(setting: Setting, problem: InnerProblem, meter: Meter) 
     return _uniform(lowest(rewards, _size(setting, problem))), ""
 
 
+def choose_lowest_reward_as_many(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
+    """The lowest rewards, as many as u2a takes (a control: finding out how many is not charged)."""
+    with meter.paused():
+        size = len(choose_by_u2a(setting, problem, Meter())[0].weights)
+        setting.policy.reset()
+    with meter.phase("reward"):
+        return _uniform(lowest(rewards_of(setting, problem.forget), size)), ""
+
+
 def rewards_of(setting: Setting, rows: Sequence[Example]) -> dict[str, float]:
     """Rewards of bad answers under the selecting reward model.
 
@@ -381,6 +390,7 @@ UNLEARNING_ARMS: dict[str, Original | Retrain | Weighted] = {
         Weighted("random_k", choose_random),
         Weighted("random_k_late", choose_random_late),
         Weighted("lowest_reward_k", choose_lowest_reward),
+        Weighted("lowest_reward_as_u2a", choose_lowest_reward_as_many),
         Weighted("highest_loss_k", choose_highest_loss),
         Weighted("top_k", choose_top),
         Weighted("bottom_k", choose_bottom),
