@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import importlib.util
 import locale
 import os
@@ -75,6 +76,19 @@ def machine_text() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = _gpus()
     return f"{_processor()}, {cores} cores, {_memory()}" + ("" if gpu.startswith("none") else f", {gpu}")
+
+
+def code_text() -> str:
+    """Name the sources of this package, for tables of results: two results of one name come from the same code.
+
+    Returns:
+        8 hexadecimal digits of a hash over all its modules.
+    """
+    digest = hashlib.blake2b(digest_size=4)
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def libraries_text() -> str:

@@ -15,7 +15,7 @@ from u2a.errors import DataError
 from u2a.evaluation.stats import (
     bootstrap_mean,
     bootstrap_ratio,
-    hierarchical_difference,
+    crossed_mean,
     paired_difference,
     paired_perplexity_difference,
     pearson,
@@ -220,16 +220,21 @@ def crossed(rng: np.random.Generator, seeds: int, prompts: int, sizes: tuple[flo
     return {f"s{i}": {f"p{j}": float(v) for j, v in enumerate(row)} for i, row in enumerate(table)}
 
 
-@pytest.mark.parametrize("method", ["percentile", "bca"])
-@pytest.mark.parametrize("sizes", [(0.5, 1.0, 0.5), (0.0, 1.0, 0.2)])
-def test_hierarchical_bootstrap_covers(sizes: tuple[float, float, float], method: str) -> None:
+@pytest.mark.parametrize(
+    ("seeds", "sizes", "least"),
+    [
+        (20, (0.5, 1.0, 0.5), 0.92),
+        (6, (0.7, 0.9, 1.0), 0.92),  # as between arms of the comparison
+        (3, (0.16, 0.29, 0.13), 0.88),
+        (2, (0.3, 0.3, 0.2), 0.82),  # two seeds tell little of their own spread
+        (6, (0.0, 1.0, 0.2), 0.92),
+    ],
+)
+def test_crossed_mean_covers(seeds: int, sizes: tuple[float, float, float], least: float) -> None:
     rng = np.random.default_rng(7)
-    hits = 0
-    for trial in range(200):
-        interval = hierarchical_difference(crossed(rng, 20, 30, sizes), 300, trial, method=method)
-        hits += interval.low <= 0.0 <= interval.high
-        assert interval.method == method
-    assert 0.89 <= hits / 200 <= 0.99  # 95 % nominal; 3 binomial standard errors are 0.046
+    intervals = [crossed_mean(crossed(rng, seeds, 30, sizes)) for _ in range(600)]
+    assert least <= np.mean([found.low <= 0.0 <= found.high for found in intervals]) <= 0.99
+    assert {found.method for found in intervals} == {"t"}
 
 
 def test_seeds_alone_or_prompts_alone_would_be_too_narrow() -> None:
@@ -247,27 +252,37 @@ def test_seeds_alone_or_prompts_alone_would_be_too_narrow() -> None:
     assert by_prompts / 100 < 0.75
 
 
-def test_hierarchical_bootstrap_has_the_variance_of_drawing_both_kinds() -> None:
-    table = crossed(np.random.default_rng(9), 6, 50, (1.0, 2.0, 0.0))
-    values = np.array([list(row.values()) for row in table.values()])
-    # Without interaction: Var = var(seed means) / seeds + var(prompt means) / prompts, each with divisor n.
-    sd = math.sqrt(values.mean(1).var() / 6 + values.mean(0).var() / 50)
+def test_crossed_mean_is_the_t_interval_over_seeds_where_prompts_do_not_differ() -> None:
+    means = [0.3, -0.1, 0.8, 0.45]
+    found = crossed_mean({f"s{k}": dict.fromkeys("abc", mean) for k, mean in enumerate(means)}, level=0.9)
+    oracle = scipy.stats.t.interval(0.9, 3, np.mean(means), scipy.stats.sem(means))
+    assert (found.low, found.high) == pytest.approx(oracle)
+    turned = {f"s{k}": dict(zip("abcd", means, strict=True)) for k in range(3)}  # and over prompts where seeds do not
+    assert (crossed_mean(turned, 0.9).low, crossed_mean(turned, 0.9).high) == pytest.approx(oracle)
+    assert crossed_mean({"s0": {"a": 0.1, "b": 0.1}, "s1": {"a": 0.1, "b": 0.1}}).low == pytest.approx(0.1)
+
+
+def test_crossed_mean_has_the_variance_of_drawing_both_kinds() -> None:
+    sizes, rng = (1.0, 2.0, 0.5), np.random.default_rng(9)
+    truth = 1.0 / 40 + 4.0 / 50 + 0.25 / 2000  # of a mean over 40 seeds and 50 prompts
     level = 0.6827  # one standard deviation each side of a normal mean
-    found = hierarchical_difference(table, 20000, 0, level)
-    assert found.value == pytest.approx(values.mean(), abs=1e-12)
-    assert (found.high - found.low) / 2 == pytest.approx(sd, rel=0.05)
+    halves = []
+    for _ in range(100):
+        found = crossed_mean(crossed(rng, 40, 50, sizes), level)
+        halves.append((found.high - found.low) / 2)
+    assert np.mean(np.square(halves)) == pytest.approx(truth, rel=0.08)
     assert found.n == 50
 
 
-def test_hierarchical_bootstrap_does_not_depend_on_order_and_needs_two_of_each() -> None:
+def test_crossed_mean_does_not_depend_on_order_and_needs_two_of_each() -> None:
     table = crossed(np.random.default_rng(1), 4, 6, (1.0, 1.0, 1.0))
     turned = {seed: dict(reversed(row.items())) for seed, row in reversed(table.items())}
-    assert hierarchical_difference(table, 400, 2, method="bca") == hierarchical_difference(turned, 400, 2, method="bca")
-    one_seed = hierarchical_difference({"s0": table["s0"]}, 100, 0)
+    assert crossed_mean(table) == crossed_mean(turned)
+    one_seed = crossed_mean({"s0": table["s0"]})
     assert (one_seed.low, one_seed.n, one_seed.method) == (None, 6, None)
     assert one_seed.value == pytest.approx(np.mean(list(table["s0"].values())))
-    one_prompt = hierarchical_difference({seed: {"p0": row["p0"]} for seed, row in table.items()}, 100, 0)
+    one_prompt = crossed_mean({seed: {"p0": row["p0"]} for seed, row in table.items()})
     assert (one_prompt.low, one_prompt.n) == (None, 1)
-    assert hierarchical_difference({}, 100, 0).value is None
+    assert crossed_mean({}).value is None
     with pytest.raises(DataError, match="seed s1: 1 of 6 prompts"):
-        hierarchical_difference(table | {"s1": {p: v for p, v in table["s1"].items() if p != "p3"}}, 100, 0)
+        crossed_mean(table | {"s1": {p: v for p, v in table["s1"].items() if p != "p3"}})

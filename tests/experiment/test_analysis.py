@@ -15,7 +15,7 @@ from fake_cells import GROUPS, PROMPTS, SEEDS, cells, measured, protocol
 from u2a.errors import ConfigError
 from u2a.experiment.analysis import analyse, area, break_even
 from u2a.experiment.cell import CellResult
-from u2a.experiment.estimates import Cells, t_interval
+from u2a.experiment.estimates import Cells, figure_by_seed, t_interval
 from u2a.experiment.measured import retain_ppl
 
 
@@ -98,6 +98,43 @@ def test_an_arm_that_nothing_was_done_to_wins_nothing() -> None:
         rows = analyse(single, "h", Cells(results, found.groups, found.starts)).contrasts
         assert [row.verdict for row in rows] == verdicts
         assert rows[0].n_untrained == ((8, 0) if idle == "a" else (0, 8))
+
+
+@pytest.mark.parametrize(("shift", "arm", "verdict"), [
+    (2.0, "a", "not shown"), (2.0, "b", "better"), (-2.0, "b", "not shown"), (-2.0, "a", "worse"), (0.0, "b", "not shown"),
+])  # fmt: skip
+def test_an_arm_that_collapsed_wins_nothing(shift: float, arm: str, verdict: str) -> None:
+    single = protocol(families={"main": {"level": 4.0, "contrasts": [["a", "b"]]}})
+
+    def broken(item: CellResult) -> dict[str, object]:
+        kind = "empty" if item.seed == 2 else ""
+        return {"measured": item.levels[-1].measured.model_copy(update={"collapsed": kind})}
+
+    found = cells({"a": shift, "b": 0.01 if shift == 0.0 else 0.0})
+    row = analyse(single, "h", replaced(found, arm, broken)).contrasts[0]
+    assert (row.verdict, row.n_seeds, row.n_lost) == (verdict, 6, 0)
+    assert row.n_collapsed == ((1, 0) if arm == "a" else (0, 1))
+
+
+def test_intervals_over_seeds_stay_within_what_a_metric_can_be() -> None:
+    assert figure_by_seed([5.0, 400.0], "retain_ppl").low == 1.0
+    assert figure_by_seed([0.9, 1.0, 1.0], "scale_at_equal_ppl").high == 1.0
+    free = figure_by_seed([5.0, 400.0])
+    assert free.low is not None and free.low < 0.0
+
+
+def test_how_many_candidates_an_arm_took_and_by_which_code_cells_were_made() -> None:
+    found = cells({"a": 0.4, "b": 0.1})
+    taken = [
+        item.model_copy(update={"weights": {f"n{k}": 1.0 for k in range(item.seed + 3)}, "code": "c0ffee"})
+        if item.arm == "a"
+        else item.model_copy(update={"weights": None})
+        for item in found.results
+    ]
+    figures = analyse(protocol(), "h", Cells(taken, found.groups, found.starts))
+    arms = {arm.arm: arm.selected for arm in figures.tasks["one"].arms}
+    assert arms["a"] == (3 + min(SEEDS), fmean(SEEDS) + 3, 3 + max(SEEDS)) and arms["b"] is None
+    assert figures.codes == {"": 6, "c0ffee": 6}
 
 
 def untrained(cell: CellResult) -> CellResult:

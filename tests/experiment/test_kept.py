@@ -11,7 +11,7 @@ import pytest
 from small_experiment import write_experiment
 
 from u2a.cli import main
-from u2a.environment import libraries_text, machine_text
+from u2a.environment import code_text, libraries_text, machine_text
 from u2a.errors import RecordError
 from u2a.experiment import runner
 from u2a.experiment.kept import CELLS, KeptCells, restore
@@ -89,7 +89,8 @@ def test_what_is_missing_is_run_on_the_other_machine(made: Path, tmp_path: Path)
 def test_tables_made_elsewhere_name_the_machines_that_ran_the_cells(made: Path, tmp_path: Path) -> None:
     path = elsewhere(made, tmp_path)
     kept = KeptCells.load(tmp_path / "tables" / CELLS)
-    assert {(cell.machine, cell.libraries) for cell in kept.cells.values()} == {(machine_text(), libraries_text())}
+    by = {(cell.machine, cell.libraries, cell.code) for cell in kept.cells.values()}
+    assert by == {(machine_text(), libraries_text(), code_text())}
     first, *others = sorted(name for name, cell in kept.cells.items() if cell.split == "test")
     ran = {first: "abacus, 1 cores, 0.1 GiB"} | dict.fromkeys(others, "")
     cells = {name: cell.model_copy(update={"machine": ran.get(name, "tuning")}) for name, cell in kept.cells.items()}

@@ -182,6 +182,41 @@ def test_an_arm_that_never_gets_there_refutes_that_it_is_cheaper() -> None:
     assert verdict.finding == "refuted" and verdict.why.count("not reached") == 6
 
 
+def test_fewer_than_six_seeds_are_no_verdict_on_costs() -> None:
+    for seeds, finding in ((range(5), "not shown"), (range(6), "shown")):
+        declared = statement(rule="cheaper", arms=["a", "b"], at_most=0.3).model_copy(update={"seeds": list(seeds)})
+        verdict = judge(declared, cells({"a": 8.0, "b": 0.5}, seeds=seeds), ())[0]
+        assert verdict.finding == finding and ("too few seeds" in verdict.why) == (finding == "not shown")
+
+
+def test_what_a_collapsed_model_reaches_is_no_target() -> None:
+    declared, found = statement(rule="cheaper", arms=["b", "a"], at_most=1.0), cells({"a": 8.0, "b": 0.0})
+
+    def broken(item: CellResult) -> CellResult:
+        last = item.levels[-1]
+        measured = last.measured.model_copy(update={"collapsed": "empty" if item.arm == "a" else ""})
+        return item.model_copy(update={"levels": (*item.levels[:-1], last.model_copy(update={"measured": measured}))})
+
+    verdict = judge(declared, Cells([broken(item) for item in found.results], found.groups, found.starts), ())[0]
+    assert verdict.finding == "not shown" and verdict.why.count("a collapsed") == 6
+
+
+def test_an_arm_that_is_equivalent_to_the_start_is_not_no_worse() -> None:
+    arms = {"a": {"method": "u2a"}, "b": {"method": "full"}, "o": {"method": "original"}}
+    families = {"main": {"level": 4.0, "contrasts": [["a", "b"], ["a", "o"]]}}
+    claim = {"text": "A is enough.", "rule": "not_worse", "family": "main"}
+    declared = protocol(arms=arms, families=families, statements={"claim": claim})
+    found = cells({"a": 0.0, "b": 0.01, "o": -0.01})
+    contrasts = analyse(declared, "h", found).contrasts
+    assert [row.verdict for row in contrasts] == ["equivalent", "equivalent"]
+    assert judge(declared, found, contrasts)[0].finding == "not shown"
+    eight = declared.model_copy(update={"seeds": list(range(8)), "margins": {"preference_margin": 1.5}})
+    better = cells({"a": 2.0, "b": 2.02, "o": 0.0}, seeds=range(8))
+    contrasts = analyse(eight, "h", better).contrasts
+    assert [row.verdict for row in contrasts] == ["equivalent", "better"]
+    assert judge(eight, better, contrasts)[0].finding == "shown"
+
+
 def test_statements_must_name_what_they_rest_on() -> None:
     with pytest.raises(ValueError, match="no family"):
         statement(rule="better", family="other")

@@ -1,4 +1,4 @@
-"""Intervals: Wilson for rates, seeded cluster bootstrap for means, ratios and paired differences, over seeds too.
+"""Intervals: Wilson for rates, seeded cluster bootstrap for means, ratios and paired differences, t over seeds too.
 
 The unit is the prompt: rows of one prompt are drawn together, because their values are not independent.
 All intervals are two-sided 95 % unless ``level`` says otherwise. Tests are in :mod:`u2a.evaluation.significance`.
@@ -6,12 +6,14 @@ All intervals are two-sided 95 % unless ``level`` says otherwise. Tests are in :
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
+import scipy.stats
 
 from u2a.errors import DataError
 
@@ -37,7 +39,7 @@ class Interval:
     low: float | None
     high: float | None
     n: int
-    method: Literal["wilson", "percentile", "bca"] | None = None
+    method: Literal["wilson", "percentile", "bca", "t"] | None = None
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
@@ -151,54 +153,50 @@ def paired_difference(
     return bootstrap_mean(shared, groups, resamples, seed, level, method)
 
 
-def hierarchical_difference(
-    differences: Mapping[str, Mapping[str, float]],
-    resamples: int,
-    seed: int,
-    level: float = 0.95,
-    method: Bootstrap = "percentile",
-) -> Interval:
-    """Mean paired difference over seeds and prompts, both resampled, for arms trained with several seeds.
+def crossed_mean(values: Mapping[str, Mapping[str, float]], level: float = 0.95) -> Interval:
+    """Mean over training seeds and prompts, both taken as draws, for arms (or paired differences) with several seeds.
 
-    The design is crossed (every seed answers the same prompts), so a prompt is drawn for all seeds at once. Drawing
-    prompts anew within each drawn seed would take what a prompt does under every seed for independent noise.
+    The design is crossed (every seed answers the same prompts), so that the variance of the mean is that of seeds over
+    their number, that of prompts over theirs, and the interaction's over both. It is estimated from the mean squares
+    of a two-way table, as MS_seed + MS_prompt - MS_rest over the number of values (and not below what seeds or prompts
+    alone say), with a t quantile at Satterthwaite's degrees of freedom. A bootstrap over both is too narrow for a
+    handful of seeds: it takes their spread without the factor (S - 1) / S and a normal quantile for a t.
 
     Args:
-        differences: first arm minus second, by training seed and then by prompt; the same prompts under each seed.
-        resamples: bootstrap resamples, >= 1.
-        seed: seed of the resampling.
+        values: by training seed and then by prompt; the same prompts under each seed.
         level: coverage in (0, 1).
-        method: ``percentile`` or ``bca``.
 
     Returns:
-        Mean difference and interval; ``n`` counts prompts. There is no interval with fewer than two seeds or prompts.
-        With few seeds it is too narrow for what differs between seeds, by about sqrt((seeds - 1) / seeds).
+        Mean and interval; ``n`` counts prompts. There is no interval with fewer than two seeds or prompts. With two
+        seeds it covers a little less than it says where seeds are most of the variance.
 
     Raises:
         DataError: the prompts are not the same under every seed.
 
-    Source: Owen (2007), Ann. Appl. Stat. 1, 386-411 (the pigeonhole bootstrap; its variance errs upwards).
+    Source: Satterthwaite (1946), Biometrics Bulletin 2, 110-114; Brennan (2001), Generalizability Theory, chapter 6.
     """
-    seeds = sorted(differences)
-    prompts = sorted(set().union(*differences.values()))
+    seeds = sorted(values)
+    prompts = sorted(set().union(*values.values()))
     for name in seeds:
-        if len(differences[name]) < len(prompts):
-            missing = len(prompts) - len(differences[name])
+        if len(values[name]) < len(prompts):
+            missing = len(prompts) - len(values[name])
             raise DataError(f"seed {name}: {missing} of {len(prompts)} prompts are missing (give all seeds the same)")
     if not prompts:
         return Interval(None, None, None, 0)
-    table = np.array([[differences[name][prompt] for prompt in prompts] for name in seeds])
-    value, rows, columns = float(table.mean()), table.mean(1), table.mean(0)
-    if min(table.shape) < 2:
-        return Interval(value, None, None, len(prompts))
-    generator = np.random.default_rng(seed)
-    draws = []
-    for size in _chunks(resamples):
-        by_seed = generator.multinomial(len(seeds), np.full(len(seeds), 1.0 / len(seeds)), size=size)
-        by_prompt = generator.multinomial(len(prompts), np.full(len(prompts), 1.0 / len(prompts)), size=size)
-        draws.append(((by_seed @ table) * by_prompt).sum(1) / table.size)
-    jackknives = [(part.sum() - part) / (len(part) - 1) for part in (rows, columns)] if method == "bca" else []
-    return _bootstrap_interval(value, np.concatenate(draws), len(prompts), level, jackknives)
+    table = np.array([[values[name][prompt] for prompt in prompts] for name in seeds])
+    value, (n, m) = float(table.mean()), table.shape
+    if min(n, m) < 2:
+        return Interval(value, None, None, m)
+    rows, columns = table.mean(1) - value, table.mean(0) - value
+    rest = table - value - rows[:, None] - columns[None, :]
+    freedom = np.array([n - 1.0, m - 1.0, (n - 1.0) * (m - 1.0)])
+    squares = np.array([m * (rows @ rows), n * (columns @ columns), (rest * rest).sum()]) / freedom
+    total = float(max(squares[0] + squares[1] - squares[2], squares[0], squares[1]))
+    if total == 0.0:
+        return Interval(value, value, value, m, "t")
+    degrees = total**2 / float((squares**2 / freedom).sum())
+    half = float(scipy.stats.t(degrees).ppf((1.0 + level) / 2.0)) * math.sqrt(total / (n * m))
+    return Interval(value, value - half, value + half, m, "t")
 
 
 def paired_perplexity_difference(

@@ -56,6 +56,7 @@ class ArmFigures(Row):
         notes: what the cells say of themselves, with the number of seeds.
         fallbacks: seeds by what was done instead of ranking.
         split_half: mean reliability of the gains it ranked by, or None.
+        selected: fewest, mean and most candidates it gave a weight to, or None for an arm that chooses nothing.
         phases: mean FLOPs by phase of the whole cell.
         phase_passes: the same in units of the budget, each seed's own.
         phase_seconds: mean wall seconds by phase.
@@ -73,6 +74,7 @@ class ArmFigures(Row):
     notes: dict[str, int] = {}
     fallbacks: dict[str, int] = {}
     split_half: float | None = None
+    selected: tuple[int, float, int] | None = None
     phases: dict[str, float] = {}
     phase_passes: dict[str, float] = {}
     phase_seconds: dict[str, float] = {}
@@ -107,7 +109,8 @@ class ExperimentFigures(Record):
         missing: cells that have not been run, by name.
         tuning: which trial was chosen for every tuned arm.
         replaced: protocols that stood there before, oldest first.
-        machines, libraries: that ran the main cells, by how many each; under an empty name those that do not say.
+        machines, libraries, codes: that ran the main cells, by how many each; under an empty name those that do not
+            say.
     """
 
     protocol: str
@@ -119,6 +122,7 @@ class ExperimentFigures(Record):
     replaced: tuple[Replaced, ...] = ()
     machines: dict[str, int] = {}
     libraries: dict[str, int] = {}
+    codes: dict[str, int] = {}
 
 
 def analyse(protocol: Protocol, protocol_hash: str, cells: Cells, missing: Sequence[str] = ()) -> ExperimentFigures:
@@ -148,6 +152,7 @@ def analyse(protocol: Protocol, protocol_hash: str, cells: Cells, missing: Seque
         missing=tuple(missing),
         machines=dict(sorted(Counter(cell.machine for cell in cells.results).items())),
         libraries=dict(sorted(Counter(cell.libraries for cell in cells.results).items())),
+        codes=dict(sorted(Counter(cell.code for cell in cells.results).items())),
     )
 
 
@@ -168,7 +173,7 @@ def _start(cells: Cells, task: str, seeds: Collection[int]) -> dict[str, Figure]
         metric: figure_by_prompt({seed: cells.prompts(task, seed, read(found)) for seed, found in starts.items()})
         for metric, read in BY_PROMPT.items()
     }
-    figures["retain_ppl"] = figure_by_seed([retain_ppl(found) for found in starts.values()])
+    figures["retain_ppl"] = figure_by_seed([retain_ppl(found) for found in starts.values()], "retain_ppl")
     return {name: figure for name, figure in figures.items() if figure.value is not None}
 
 
@@ -177,6 +182,7 @@ def _arm(protocol: Protocol, cells: Cells, task: str, arm: str) -> ArmFigures:
     fine = [cell for cell in found if cell.status == "ok"]
     halves = [cell.reliability.split_half for cell in fine if cell.reliability is not None]
     defined = [value for value in halves if value is not None]
+    sizes = [len(cell.weights) for cell in fine if cell.weights is not None]
     return ArmFigures(
         arm=arm,
         method=protocol.arms[arm].method,
@@ -186,6 +192,7 @@ def _arm(protocol: Protocol, cells: Cells, task: str, arm: str) -> ArmFigures:
         notes=dict(Counter(cell.note for cell in fine if cell.note)),
         fallbacks=dict(Counter(cell.fallback for cell in fine if cell.weights is not None)),
         split_half=fmean(defined) if defined else None,
+        selected=(min(sizes), fmean(sizes), max(sizes)) if sizes else None,
         phases=_mean_by_name([cell.spent.flops for cell in fine]),
         phase_passes=_mean_by_name(
             [{name: flops / cell.unit_flops for name, flops in cell.spent.flops.items()} for cell in fine]
@@ -204,7 +211,9 @@ def _level(cells: Cells, task: str, fine: Sequence[CellResult], k: int) -> Level
     for metric in PROMPT_METRICS:
         values = {seed: cells.prompts(task, seed, values_of(metric, found)) for seed, found in at.items()}
         metrics[metric] = figure_by_prompt(values)
-    metrics |= {metric: figure_by_seed([read(found) for found in at.values()]) for metric, read in BY_SEED.items()}
+    metrics |= {
+        metric: figure_by_seed([read(found) for found in at.values()], metric) for metric, read in BY_SEED.items()
+    }
     metrics["passes"] = figure_by_seed([cell.levels[k].spent.total_flops / cell.unit_flops for cell in fine])
     return LevelFigures(
         level=fine[0].levels[k].level,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from u2a import __version__
 from u2a.config import RunConfig
-from u2a.environment import libraries_text, machine_text
+from u2a.environment import code_text, libraries_text, machine_text
 from u2a.errors import NonFiniteError, Stopped
 from u2a.evaluation.arm import ArmResult, Instruments
 from u2a.experiment.arm import Arm, Selection, Track, Trained
@@ -87,6 +87,7 @@ class CellResult(Record):
         version: of u2a.
         machine: that ran it, in one line; empty where that was not recorded.
         libraries: it ran with, likewise.
+        code: hash of the package's sources, likewise: a key holds the version, not every change between two versions.
     """
 
     key: str
@@ -113,6 +114,7 @@ class CellResult(Record):
     version: str = __version__
     machine: str = ""
     libraries: str = ""
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,7 @@ def run_cell(cell: Cell, arm: Arm, bench: Bench) -> CellResult:
         seconds=round(time.monotonic() - begin, 3),
         machine=machine_text(),
         libraries=libraries_text(),
+        code=code_text(),
         **outcome,
     )
 

@@ -8,7 +8,16 @@ from statistics import fmean
 from u2a.errors import ConfigError
 from u2a.evaluation.significance import equivalence, holm, sign_flip_test, within_margin
 from u2a.experiment.cell import LevelResult
-from u2a.experiment.estimates import BY_SEED, LOWER_IS_BETTER, PROMPT_METRICS, Cells, crossed, t_interval, values_of
+from u2a.experiment.estimates import (
+    BY_SEED,
+    LOWER_IS_BETTER,
+    PROMPT_METRICS,
+    Cells,
+    crossed,
+    measured_for,
+    t_interval,
+    values_of,
+)
 from u2a.experiment.protocol import FamilySection, Protocol
 from u2a.record import Row
 
@@ -20,9 +29,10 @@ class ContrastFigures(Row):
         family, task, metric, level, first, second: which comparison.
         difference: mean; interval in ``low`` and ``high`` (95 %).
         n_seeds, n_prompts: what it rests on.
-        n_lost: seeds that it does not rest on although they were run, since a side failed, diverged or collapsed.
+        n_lost: seeds that it does not rest on although they were run, since a side failed or diverged.
         n_missing: declared seeds that a side has not been run with.
         n_untrained: of ``n_seeds``, those in which the first and in which the second arm stood at the start.
+        n_collapsed: the same, in which they had collapsed as far as their answers tell.
         p: two-sided p-value of flipping the signs of whole seeds; never below 2^(1 - n_seeds).
         p_holm: the same, corrected over all tests of the family.
         margin: largest difference that does not matter, declared beforehand, or None.
@@ -30,7 +40,8 @@ class ContrastFigures(Row):
             interval over seeds and prompts where prompts are the unit; None without.
         verdict: ``better``, ``worse`` (the interval excludes 0 and p_holm <= 0.05), ``equivalent``, ``not shown``,
             ``unfinished`` (some declared seeds have not been run: no verdict is taken on the way), or ``not run``.
-            Nothing is shown where seeds were lost, or by an arm that nothing was done to in any seed.
+            Nothing is shown where seeds were lost, or by an arm that nothing was done to in any seed, or that collapsed
+            in one.
     """
 
     family: str
@@ -47,6 +58,7 @@ class ContrastFigures(Row):
     n_lost: int
     n_missing: int
     n_untrained: tuple[int, int]
+    n_collapsed: tuple[int, int] = (0, 0)
     p: float | None
     p_holm: float | None = None
     margin: float | None = None
@@ -128,6 +140,7 @@ def _contrast(name: str, protocol: Protocol, task: str, arms: tuple[str, str], c
         n_lost=len(run) - len(means),
         n_missing=len(declared - run),
         n_untrained=(_untrained(sides[0], means), _untrained(sides[1], means)),
+        n_collapsed=(_collapsed(family.metric, sides[0], means), _collapsed(family.metric, sides[1], means)),
         p=sign_flip_test(means).p if means else None,
         margin=margin,
         equivalent=None if tost is None or tost.equivalent is None or inside is None else tost.equivalent and inside,
@@ -138,6 +151,11 @@ def _untrained(side: Mapping[int, LevelResult], means: Mapping[str, float]) -> i
     return sum(found.untrained for seed, found in side.items() if str(seed) in means)
 
 
+def _collapsed(metric: str, side: Mapping[int, LevelResult], means: Mapping[str, float]) -> int:
+    measured = {seed: measured_for(metric, found) for seed, found in side.items() if str(seed) in means}
+    return sum(found is not None and bool(found.collapsed) for found in measured.values())
+
+
 def _verdict(row: ContrastFigures, p_holm: float | None) -> str:
     if row.n_lost or not row.n_seeds:
         return "not shown" if row.n_lost else "not run"
@@ -146,7 +164,9 @@ def _verdict(row: ContrastFigures, p_holm: float | None) -> str:
     if row.low is not None and row.high is not None and p_holm is not None and p_holm <= 0.05:
         lower = row.metric in LOWER_IS_BETTER
         side = "better" if (row.low > 0) != lower else "worse"
-        idle = row.n_untrained[0 if side == "better" else 1]
-        if (row.low > 0 or row.high < 0) and idle < row.n_seeds:
+        winner = 0 if side == "better" else 1
+        won = row.n_untrained[winner] < row.n_seeds and not row.n_collapsed[winner]
+        if (row.low > 0 or row.high < 0) and won:
             return side
-    return "equivalent" if row.equivalent and max(row.n_untrained) < row.n_seeds else "not shown"
+    alive = max(row.n_untrained) < row.n_seeds and not any(row.n_collapsed)
+    return "equivalent" if row.equivalent and alive else "not shown"

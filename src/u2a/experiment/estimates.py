@@ -1,7 +1,7 @@
 """Means over seeds and prompts of what cells measured, with intervals.
 
-The unit of resampling is the prompt (values of one prompt are averaged first), crossed with the seed: every seed
-measures the same prompts. Perplexity pools the tokens of its rows, so it has the seed as its unit, as compute has.
+The unit is the prompt (values of one prompt are averaged first), crossed with the seed: every seed measures the same
+prompts. Perplexity pools the tokens of its rows, so it has the seed as its unit, as compute has.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from statistics import fmean
 import scipy.stats
 
 from u2a.errors import ConfigError
-from u2a.evaluation.stats import Interval, hierarchical_difference
+from u2a.evaluation.stats import Interval, crossed_mean
 from u2a.experiment.cell import CellResult, LevelResult
 from u2a.experiment.measured import Measured, retain_ppl
 from u2a.record import Row
 
-RESAMPLES = 10_000
 BY_PROMPT: dict[str, Callable[[Measured], Mapping[str, float]]] = {
     "preference_margin": lambda found: found.margin,
     "preference_accuracy": lambda found: found.hit,
@@ -40,6 +39,7 @@ BY_SEED: dict[str, Callable[[LevelResult], float | None]] = {
 }
 EQUAL = "_at_equal_ppl"  # ends the name of a metric that is measured with the change scaled to the utility budget
 PROMPT_METRICS = (*BY_PROMPT, f"preference_margin{EQUAL}", f"reward{EQUAL}")
+RANGES = {"retain_ppl": (1.0, math.inf), "scale_at_equal_ppl": (0.0, 1.0)}  # what intervals over seeds are cut to
 LOWER_IS_BETTER = ("degenerate_rate", *(name for name in BY_SEED if name != "scale_at_equal_ppl"))
 
 
@@ -70,9 +70,22 @@ def values_of(metric: str, found: LevelResult) -> Mapping[str, float]:
     Returns:
         Value by item id; empty where it was not measured.
     """
-    if not metric.endswith(EQUAL):
-        return BY_PROMPT[metric](found.measured)
-    return {} if found.at_equal_ppl is None else BY_PROMPT[metric.removesuffix(EQUAL)](found.at_equal_ppl)
+    measured = measured_for(metric, found)
+    return {} if measured is None else BY_PROMPT[metric.removesuffix(EQUAL)](measured)
+
+
+def measured_for(metric: str, found: LevelResult) -> Measured | None:
+    """The measurement that a metric is read from.
+
+    Args:
+        metric: its name.
+        found: the level.
+
+    Returns:
+        That of the policy with its change scaled to the utility budget, or None where there is none, for the metrics
+        that ask for it; else that of the policy as it is.
+    """
+    return found.at_equal_ppl if metric.endswith(EQUAL) else found.measured
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ def figure_by_prompt(values: Mapping[int, Mapping[str, float]]) -> Figure:
 
 
 def crossed(values: Mapping[str, Mapping[str, float]], level: float = 0.95) -> Interval:
-    """Mean over seeds and prompts, both resampled.
+    """Mean over seeds and prompts, both taken as draws.
 
     Args:
         values: by seed and prompt, the same prompts under every seed.
@@ -153,20 +166,25 @@ def crossed(values: Mapping[str, Mapping[str, float]], level: float = 0.95) -> I
             "the seeds did not measure the same prompts, so nothing can be said over seeds "
             "(set partition.held_out_seed in the task's configuration)"
         )
-    return hierarchical_difference(values, RESAMPLES, seed=0, level=level)
+    return crossed_mean(values, level)
 
 
-def figure_by_seed(values: Sequence[float | None]) -> Figure:
+def figure_by_seed(values: Sequence[float | None], metric: str = "") -> Figure:
     """Mean over seeds.
 
     Args:
         values: one per seed; None where it is undefined.
+        metric: which one; the interval of one of ``RANGES`` is cut to what it can be.
 
     Returns:
         The figure, over the seeds that have a value.
     """
     interval = t_interval([value for value in values if value is not None])
-    return Figure(value=interval.value, low=interval.low, high=interval.high, n_seeds=interval.n)
+    if interval.low is None or interval.high is None:
+        return Figure(value=interval.value, n_seeds=interval.n)
+    least, most = RANGES.get(metric, (-math.inf, math.inf))
+    low, high = max(least, interval.low), min(most, interval.high)
+    return Figure(value=interval.value, low=low, high=high, n_seeds=interval.n)
 
 
 def t_interval(values: Sequence[float]) -> Interval:

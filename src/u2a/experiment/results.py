@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def document(protocol: Protocol, found: ExperimentFigures, verdicts: Sequence[Ve
         "protocol": found.protocol,
         "machines": found.machines,
         "libraries": found.libraries,
+        "codes": found.codes,
         "seeds": list(found.seeds),
         "tasks": tasks,
         "contrasts": [row.model_dump(mode="json") for row in found.contrasts],
@@ -130,7 +132,8 @@ def _head(protocol: Protocol, found: ExperimentFigures) -> list[str]:
         f"Protocol `{found.protocol}`; seeds {', '.join(map(str, found.seeds))}. One unit "
         "of the budget is one pass of gradient ascent over all candidates; selection, reference, retain rows, "
         f"generation and reward scoring are charged, evaluation is not. Levels: {budgets}. "
-        f"{_ran_by('Machine', found.machines)} {_ran_by('Libraries', found.libraries)}",
+        f"{_ran_by('Machine', found.machines)} {_ran_by('Libraries', found.libraries)} "
+        f"{_ran_by('Code', found.codes)}",
         "",
     ]
     lines += [_history(found), ""]
@@ -236,6 +239,9 @@ def _row(arm: ArmFigures, found: LevelFigures, columns: Sequence[str]) -> list[s
         remarks.append(f"level reached by {found.n_reached} of {arm.n_seeds}")
     if found.n_collapsed:
         remarks.append(f"**collapsed in {found.n_collapsed} of {arm.n_seeds}**")
+    if arm.selected is not None:
+        fewest, mean, most = arm.selected
+        remarks.append(f"{fewest} selected" if fewest == most else f"{mean:.1f} selected ({fewest} to {most})")
     remarks += [f"{name} in {count}" for name, count in arm.fallbacks.items() if name != "none"]
     if arm.split_half is not None:
         remarks.append(f"split-half {arm.split_half:.2f}")
@@ -276,10 +282,12 @@ def _contrasts(rows: Sequence[ContrastFigures]) -> list[str]:
         ]
         for row in rows
     ]
+    alone = all(count == 1 for count in Counter(row.family for row in rows).values())
+    held = "; every family here is one test, so that nothing is corrected" if alone else ", corrected within the family"
     note = (
-        "Differences over seeds and prompts, both resampled; p by flipping the signs of whole seeds (never below "
-        "2^(1 - seeds)), corrected within the family. *Better* and *worse* need both the interval and the corrected p; "
-        "*equivalent* means within the margin that was declared beforehand."
+        "Differences over seeds and prompts, both taken as draws; p by flipping the signs of whole seeds (never below "
+        f"2^(1 - seeds)){held}. *Better* and *worse* need both the interval and that p, and no collapse of the better "
+        "side; *equivalent* means within the margin that was declared beforehand."
     )
     return ["## Contrasts", "", note, "", *table(head, cells)]
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Literal
 
+from u2a.evaluation.significance import sign_flip_test
 from u2a.experiment.cell import CellResult, LevelResult
 from u2a.experiment.contrasts import ContrastFigures
-from u2a.experiment.estimates import BY_PROMPT, EQUAL, Cells, values_of
+from u2a.experiment.estimates import BY_PROMPT, EQUAL, Cells, measured_for, values_of
 from u2a.experiment.measured import Measured
 from u2a.experiment.protocol import Protocol, StatementSection
 from u2a.record import Row
@@ -52,15 +53,27 @@ def judge(protocol: Protocol, cells: Cells, contrasts: Sequence[ContrastFigures]
             rows = [row for row in contrasts if row.family == section.family]
             wanted = section.contrasts
             chosen = rows if wanted is None else [row for row in rows if (row.first, row.second) in wanted]
-            finding, why = _by_contrasts(section, chosen)
+            finding, why = _by_contrasts(section, chosen, protocol)
         out.append(Verdict(name=name, text=section.text, finding=finding, why=why))
     return tuple(out)
 
 
-def _by_contrasts(section: StatementSection, rows: Sequence[ContrastFigures]) -> tuple[Finding, str]:
-    """``better``: every contrast is; ``not_worse``: every one is better or equivalent; one that is worse refutes."""
+def _by_contrasts(
+    section: StatementSection, rows: Sequence[ContrastFigures], protocol: Protocol
+) -> tuple[Finding, str]:
+    """``better``: every contrast is; ``not_worse``: every one is better or equivalent; one that is worse refutes.
+
+    Against the original an arm must be better in any case: one that does nothing is no success.
+
+    Returns:
+        The finding and the figures behind it.
+    """
     verdicts = [row.verdict for row in rows]
-    wanted = {"better"} if section.rule == "better" else {"better", "equivalent"}
+    strict = [section.rule == "better" or protocol.arms[row.second].method == "original" for row in rows]
+    good = all(
+        row.verdict == "better" or (row.verdict == "equivalent" and not must)
+        for row, must in zip(rows, strict, strict=True)
+    )
     parts = [f"{row.task}: {row.first} - {row.second} {row.verdict}" for row in rows]
     why = "; ".join(parts) or "no contrast"
     if set(verdicts) <= {"not run"}:
@@ -69,11 +82,17 @@ def _by_contrasts(section: StatementSection, rows: Sequence[ContrastFigures]) ->
         return "unfinished", why
     if "worse" in verdicts:
         return "refuted", why
-    return ("shown" if rows and set(verdicts) <= wanted else "not shown"), why
+    return ("shown" if rows and good else "not shown"), why
 
 
 def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tuple[Finding, str]:
-    """Whether the first arm reaches what the second one has in the end with at most a share of what that one spent."""
+    """Whether the first arm reaches what the second one has in the end with at most a share of what that one spent.
+
+    Seeds that agree are a sign test: with fewer than six there is no verdict.
+
+    Returns:
+        The finding and the figures behind it.
+    """
     found: list[tuple[bool | None, str]] = []
     missing = lost = 0
     tasks = [task for task in protocol.tasks if all(task in protocol.tasks_of(arm) for arm in section.arms)]
@@ -98,6 +117,9 @@ def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tup
     within = {answer for answer, _ in found}
     if lost or None in within or len(within) != 1:
         return "not shown", why
+    p = sign_flip_test({str(k): 1.0 for k in range(len(found))}).p
+    if p is None or p > 0.05:
+        return "not shown", f"{why} (too few seeds for a verdict)"
     return ("shown" if within == {True} else "refuted"), why
 
 
@@ -111,12 +133,15 @@ def _share(
     the first arm before it reaches the target is still within the share, nothing is known.
 
     Returns:
-        The answer and the share.
+        The answer and the share. What a collapsed model reaches is nothing to reach: the answer is None.
     """
 
     def mean(values: Mapping[str, float]) -> float:
         return fmean(cells.prompts(first.task, first.seed, dict(values)).values())
 
+    last = measured_for(section.metric, second.levels[-1]) if second.levels else None
+    if last is not None and last.collapsed:
+        return None, f"{second.arm} collapsed"
     found = [
         [(mean(values), level) for level in cell.levels if (values := values_of(section.metric, level))]
         for cell in (first, second)
