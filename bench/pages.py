@@ -32,9 +32,10 @@ def scoring(found: dict[str, Any]) -> str:
     machine, rows = found["machine"], []
     for name, row in found["agreement"].items():
         seconds = found["seconds"][name]["median_s"]
-        rows.append((name, seconds, seconds / forward, row["spearman"], row["rel_error"]))
-    loop = found["seconds"]["per_sample_backward"]["median_s"]
-    rows.append(("one backward per sample (the truth)", loop, loop / forward, 1.0, 0.0))
+        times = found["seconds"][name]["repetitions"]
+        rows.append((name, seconds, times, seconds / forward, row["spearman"], row["rel_error"]))
+    loop, times = (found["seconds"]["per_sample_backward"][key] for key in ("median_s", "repetitions"))
+    rows.append(("one backward per sample (the truth)", loop, times, loop / forward, 1.0, 0.0))
     rivals = [
         (name, row.get("version"), row["status"], row.get("seconds"), row.get("ratio_to_central"), row.get("spearman"))
         for name, row in found["rivals"].items()
@@ -45,12 +46,13 @@ def scoring(found: dict[str, Any]) -> str:
             f"{found['n']} candidates, {found['tokens']} tokens in {found['n_batches']} batches, {found['dtype']}; "
             f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch "
             f"{found['versions']['torch']}. One no-grad forward over the batches: {forward:.1f} s.\n",
-            table(("scorer", "seconds", "forwards", "Spearman to the truth", "relative error"), rows),
+            table(("scorer", "seconds", "repetitions", "forwards", "Spearman to the truth", "relative error"), rows),
             f"Four directions at once: central {cell(found['ratio_central_4_directions'])} forwards, backward "
             f"{cell(found['ratio_backward_4_directions'])}. Hessian-vector product over gradient: "
             f"{cell(found['hvp_ratio'])} (same attention kernel: {cell(found['hvp_ratio_same_kernel'])}). Growth of "
             f"peak memory from 64 to 4,096 candidates: {cell(found['peak_rss_growth'])}.\n",
             "## Other libraries, the same products\n",
+            "One that makes the gradient of J itself is compared with our scorer and that gradient together.\n",
             table(("library", "version", "status", "seconds", "x our central scorer", "Spearman to the truth"), rivals),
             "## Targets\n",
             table(("figure", "measured", "target", "met"), targets),

@@ -15,7 +15,7 @@ from fake_cells import GROUPS, PROMPTS, SEEDS, cells, measured, protocol
 from u2a.errors import ConfigError
 from u2a.experiment.analysis import analyse, area, break_even
 from u2a.experiment.cell import CellResult
-from u2a.experiment.estimates import Cells, figure_by_seed, t_interval
+from u2a.experiment.estimates import Cells, figure_by_prompt, figure_by_seed, t_interval
 from u2a.experiment.measured import retain_ppl
 
 
@@ -101,7 +101,8 @@ def test_an_arm_that_nothing_was_done_to_wins_nothing() -> None:
 
 
 @pytest.mark.parametrize(("shift", "arm", "verdict"), [
-    (2.0, "a", "not shown"), (2.0, "b", "better"), (-2.0, "b", "not shown"), (-2.0, "a", "worse"), (0.0, "b", "not shown"),
+    (2.0, "a", "not shown"), (2.0, "b", "better"), (-2.0, "b", "not shown"), (-2.0, "a", "worse"),
+    (0.0, "b", "not shown"),
 ])  # fmt: skip
 def test_an_arm_that_collapsed_wins_nothing(shift: float, arm: str, verdict: str) -> None:
     single = protocol(families={"main": {"level": 4.0, "contrasts": [["a", "b"]]}})
@@ -119,6 +120,8 @@ def test_an_arm_that_collapsed_wins_nothing(shift: float, arm: str, verdict: str
 def test_intervals_over_seeds_stay_within_what_a_metric_can_be() -> None:
     assert figure_by_seed([5.0, 400.0], "retain_ppl").low == 1.0
     assert figure_by_seed([0.9, 1.0, 1.0], "scale_at_equal_ppl").high == 1.0
+    rates = figure_by_prompt({0: {"p": 0.0, "q": 1.0}, 1: {"p": 1.0, "q": 1.0}}, "preference_accuracy")
+    assert (rates.value, rates.high) == (0.75, 1.0)
     free = figure_by_seed([5.0, 400.0])
     assert free.low is not None and free.low < 0.0
 

@@ -170,7 +170,9 @@ def _start(cells: Cells, task: str, seeds: Collection[int]) -> dict[str, Figure]
     """Figures of the start over some seeds."""
     starts = {seed: cells.starts[task, seed] for seed in sorted(seeds) if (task, seed) in cells.starts}
     figures = {
-        metric: figure_by_prompt({seed: cells.prompts(task, seed, read(found)) for seed, found in starts.items()})
+        metric: figure_by_prompt(
+            {seed: cells.prompts(task, seed, read(found)) for seed, found in starts.items()}, metric
+        )
         for metric, read in BY_PROMPT.items()
     }
     figures["retain_ppl"] = figure_by_seed([retain_ppl(found) for found in starts.values()], "retain_ppl")
@@ -210,7 +212,7 @@ def _level(cells: Cells, task: str, fine: Sequence[CellResult], k: int) -> Level
     metrics: dict[str, Figure] = {}
     for metric in PROMPT_METRICS:
         values = {seed: cells.prompts(task, seed, values_of(metric, found)) for seed, found in at.items()}
-        metrics[metric] = figure_by_prompt(values)
+        metrics[metric] = figure_by_prompt(values, metric)
     metrics |= {
         metric: figure_by_seed([read(found) for found in at.values()], metric) for metric, read in BY_SEED.items()
     }

@@ -39,7 +39,14 @@ BY_SEED: dict[str, Callable[[LevelResult], float | None]] = {
 }
 EQUAL = "_at_equal_ppl"  # ends the name of a metric that is measured with the change scaled to the utility budget
 PROMPT_METRICS = (*BY_PROMPT, f"preference_margin{EQUAL}", f"reward{EQUAL}")
-RANGES = {"retain_ppl": (1.0, math.inf), "scale_at_equal_ppl": (0.0, 1.0)}  # what intervals over seeds are cut to
+RANGES = {  # what intervals of means are cut to
+    "preference_accuracy": (0.0, 1.0),
+    "refusal_rate": (0.0, 1.0),
+    "degenerate_rate": (0.0, 1.0),
+    "answer_words": (0.0, math.inf),
+    "retain_ppl": (1.0, math.inf),
+    "scale_at_equal_ppl": (0.0, 1.0),
+}
 LOWER_IS_BETTER = ("degenerate_rate", *(name for name in BY_SEED if name != "scale_at_equal_ppl"))
 
 
@@ -133,18 +140,26 @@ class Cells:
         return {prompt: fmean(found) for prompt, found in gathered.items()}
 
 
-def figure_by_prompt(values: Mapping[int, Mapping[str, float]]) -> Figure:
+def figure_by_prompt(values: Mapping[int, Mapping[str, float]], metric: str = "") -> Figure:
     """Mean over seeds and prompts.
 
     Args:
         values: by seed and prompt; seeds without any are left out.
+        metric: which one; the interval of one of ``RANGES`` is cut to what it can be.
 
     Returns:
         The figure.
     """
     filled = {str(seed): dict(found) for seed, found in values.items() if found}
-    interval = crossed(filled)
-    return Figure(value=interval.value, low=interval.low, high=interval.high, n_seeds=len(filled), n_prompts=interval.n)
+    return _figure(crossed(filled), metric, len(filled), by_prompt=True)
+
+
+def _figure(interval: Interval, metric: str, n_seeds: int, by_prompt: bool = False) -> Figure:
+    found = Figure(value=interval.value, n_seeds=n_seeds, n_prompts=interval.n if by_prompt else None)
+    if interval.low is None or interval.high is None:
+        return found
+    least, most = RANGES.get(metric, (-math.inf, math.inf))
+    return found.model_copy(update={"low": max(least, interval.low), "high": min(most, interval.high)})
 
 
 def crossed(values: Mapping[str, Mapping[str, float]], level: float = 0.95) -> Interval:
@@ -180,11 +195,7 @@ def figure_by_seed(values: Sequence[float | None], metric: str = "") -> Figure:
         The figure, over the seeds that have a value.
     """
     interval = t_interval([value for value in values if value is not None])
-    if interval.low is None or interval.high is None:
-        return Figure(value=interval.value, n_seeds=interval.n)
-    least, most = RANGES.get(metric, (-math.inf, math.inf))
-    low, high = max(least, interval.low), min(most, interval.high)
-    return Figure(value=interval.value, low=low, high=high, n_seeds=interval.n)
+    return _figure(interval, metric, interval.n)
 
 
 def t_interval(values: Sequence[float]) -> Interval:
