@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, get_origin
 
@@ -9,9 +10,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from u2a.config import PRESETS, RunConfig, UnlearnSection
+from u2a.config import PRESETS, PartitionSection, RunConfig, UnlearnSection
 from u2a.config_file import all_options, describe_range, load_config, print_options
 from u2a.errors import ConfigError
+
+PARTS = ("finetune_frac", "forget_frac", "preference_frac", "reward_frac", "evaluation_frac")
 
 
 def problems(*overrides: str) -> list[str]:
@@ -126,6 +129,29 @@ def test_truth_values_and_numbers_are_not_exchanged(text: str) -> None:
 def test_conflicts_name_both_options(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["partition.forget_frac=0"],
+        ["partition.forget_frac=0.9"],
+        ["partition.finetune_frac=0.333", "partition.reward_frac=0"],
+        ["partition.forget_frac=0", "partition.preference_frac=0.07", "partition.reward_frac=0.0001"],
+    ],
+)
+def test_the_shares_that_the_error_proposes_are_accepted_and_in_the_same_proportions(overrides: list[str]) -> None:
+    given = {text.split(".")[1].split("=")[0]: float(text.split("=")[1]) for text in overrides}
+    (problem,) = problems(*overrides)
+    line = yaml.safe_load(re.search(r"\{.*?\}", problem).group())  # type: ignore[union-attr]
+    accepted = load_config(None, [f"partition.{name}={share}" for name, share in line.items()]).partition
+    asked = PartitionSection().model_dump(include=set(PARTS)) | given
+    for name, share in accepted.model_dump(include=set(PARTS)).items():
+        assert share == pytest.approx(asked[name] / sum(asked.values()), abs=0.011)
+
+
+def test_shares_that_are_all_zero_have_no_proportions() -> None:
+    assert "leave them out" in problems(*(f"partition.{name}=0" for name in PARTS))[0]
 
 
 def test_every_problem_is_reported_at_once() -> None:

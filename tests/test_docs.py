@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import u2a
 from fake_records import fake_partition, fake_solution
+import tiny
 from tiny import save_tiny
 from u2a.cli import build_parser
 from u2a.config import DataSection, RunConfig
 from u2a.config_file import all_options, load_config, print_options
 from u2a.data import parse_examples, parse_pairs
+from u2a.partition import Inputs, build_partition
 from u2a.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,10 +262,21 @@ def test_the_sample_configuration_is_valid(tmp_path: Path) -> None:
     for number, block in enumerate(blocks("docs/which_method.md", "yaml")):
         (tmp_path / f"method{number}.yaml").write_text(block, encoding="utf-8")
         assert load_config(tmp_path / f"method{number}.yaml").unlearn.loss == "npo"
-    for number, block in enumerate(blocks("docs/data.md", "yaml")):
-        (tmp_path / f"{number}.yaml").write_text(block, encoding="utf-8")
-        assert yaml.safe_load(block)
-        assert load_config(tmp_path / f"{number}.yaml").data.fields.chosen == "right_answer"
+    (mapped,) = [block for block in blocks("docs/data.md", "yaml") if "fields" in block]
+    (tmp_path / "mapped.yaml").write_text(mapped, encoding="utf-8")
+    assert load_config(tmp_path / "mapped.yaml").data.fields.chosen == "right_answer"
+
+
+def test_negatives_alone_are_unlearned_with_the_lines_that_the_pages_show(tmp_path: Path) -> None:
+    (readme,) = blocks("README.md", "yaml")
+    (page,) = [block for block in blocks("docs/data.md", "yaml") if "forget:" in block]
+    for number, text in enumerate((re.sub(r"^( *)# (?=forget|partition)", r"\1", readme, flags=re.M), page)):
+        (tmp_path / f"{number}.yaml").write_text(text, encoding="utf-8")
+        config = load_config(tmp_path / f"{number}.yaml")
+        assert config.data.forget == str(tmp_path / "negatives.jsonl")
+        assert config.partition.forget_frac == 0
+        sets = build_partition(Inputs(pairs=tiny.pairs(100)), config.partition)
+        assert not sets.forget and sets.preference and sets.reward and sets.evaluation
 
 
 def test_functions_that_prepare_known_sets_do_what_the_page_says() -> None:

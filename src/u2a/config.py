@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from u2a.config_base import Count, Frac, NonNegative, Positive, Section, count_of, option
+from u2a.config_base import Count, Frac, NonNegative, Positive, Section, count_of, option, shares_of_one
 from u2a.config_evaluation import EvaluationSection, RobustnessSection
 
 
@@ -104,9 +104,15 @@ class PartitionSection(Section):
 
     @model_validator(mode="after")
     def _sum(self) -> PartitionSection:
-        total = self.finetune_frac + self.forget_frac + self.preference_frac + self.reward_frac + self.evaluation_frac
+        names = ("finetune_frac", "forget_frac", "preference_frac", "reward_frac", "evaluation_frac")
+        total = sum(getattr(self, name) for name in names)
         if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"the five *_frac options sum to {total:g}, expected 1")
+            shares = shares_of_one({name: getattr(self, name) for name in names}) if total else {}
+            one = ", ".join(f"{name}: {share:g}" for name, share in shares.items() if share or name != names[0])
+            raise ValueError(
+                f"the five *_frac options sum to {total:g}, expected 1 "
+                + (f"(accepted, in the same proportions: {{{one}}})" if one else "(leave them out for the defaults)")
+            )
         return self
 
 

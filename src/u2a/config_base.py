@@ -30,6 +30,25 @@ def count_of(share: float, n: int) -> int:
     return max(min(n, 1) if share > 0 else 0, math.ceil(share * n - _ROUNDING))
 
 
+def shares_of_one(parts: dict[str, float]) -> dict[str, float]:
+    """Scale parts to whole hundredths that sum to 1; the largest takes up the rounding, and 0 stays 0.
+
+    Args:
+        parts: numbers >= 0 by name, at least one > 0.
+
+    Returns:
+        Shares by name, in the same order.
+
+    >>> shares_of_one({"a": 0.0, "b": 0.3, "c": 0.15, "d": 0.2})
+    {'a': 0.0, 'b': 0.46, 'c': 0.23, 'd': 0.31}
+    """
+    total = sum(parts.values())
+    hundredths = {name: round(100 * part / total) for name, part in parts.items()}
+    largest = max(parts, key=lambda name: parts[name])
+    hundredths[largest] += 100 - sum(hundredths.values())
+    return {name: count / 100 for name, count in hundredths.items()}
+
+
 def option(default: Any, help: str) -> Any:  # noqa: A002 - the field's own word
     """Declare an option; a mutable default is copied.
 
