@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 import u2a
 from fake_records import fake_partition, fake_solution
-import tiny
 from tiny import save_tiny
 from u2a.cli import build_parser
 from u2a.config import DataSection, RunConfig

@@ -104,6 +104,16 @@ def test_say_prints_one_line() -> None:
     assert stream.getvalue() == "hello\n"
 
 
+def test_results_have_a_stream_of_their_own_that_quiet_does_not_close() -> None:
+    progress, results = io.StringIO(), io.StringIO()
+    Console(progress, quiet=True, results=results).result("found\nit")
+    assert (progress.getvalue(), results.getvalue()) == ("", "found\nit\n")
+    Console(progress).result("found")
+    assert progress.getvalue() == "found\n", "without one they are shown with the progress"
+    Console(progress, quiet=True).result("again")
+    assert progress.getvalue() == "found\n"
+
+
 def test_peak_memory_is_in_bytes_and_never_falls() -> None:
     before = peak_rss_bytes()
     block = bytearray(b"1") * (64 * 2**20)

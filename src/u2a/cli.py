@@ -19,6 +19,7 @@ from u2a.terminal import escaped, hush_libraries, use_utf8
 
 if TYPE_CHECKING:
     from u2a.config import RunConfig
+    from u2a.progress import Console
 
 STAGES = {
     "partition": "cut the data into disjoint sets by prompt",
@@ -126,7 +127,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="SECTION.OPTION=VALUE", dest="overrides", help="change an option"
     )
     command.add_argument("--preset", help="start from a preset: paper")
-    command.add_argument("--quiet", action="store_true", help="no progress")
+    command.add_argument("--quiet", action="store_true", help="only results, on standard output, and errors")
 
 
 def _add_gate(command: argparse.ArgumentParser) -> None:
@@ -187,13 +188,18 @@ def _loaded(options: argparse.Namespace) -> RunConfig:
     return load_config(options.config, options.overrides, options.preset)
 
 
+def _console(options: argparse.Namespace) -> Console:
+    """Progress on standard error, results on standard output."""
+    from u2a.progress import Console
+
+    return Console(quiet=options.quiet, results=sys.stdout)
+
+
 def _run(options: argparse.Namespace) -> None:
     _run_all(_loaded(options), options)
 
 
 def _run_all(config: RunConfig, options: argparse.Namespace) -> None:
-    from u2a.progress import Console
-
     if options.dry_run:
         _dry_run(config, options)
         return
@@ -202,19 +208,18 @@ def _run_all(config: RunConfig, options: argparse.Namespace) -> None:
     from u2a.run import run
 
     hush_libraries()
-    run(config, Console(quiet=options.quiet))
+    run(config, _console(options))
     check_gate(options.gate, Path(config.output_dir))
 
 
 def _dry_run(config: RunConfig, options: argparse.Namespace) -> None:
     from u2a.forecast.dry_run import dry_run
     from u2a.forecast.text import forecast_text
-    from u2a.progress import Console
 
     if options.gate is not None:
         raise ConfigError(f"{options.command}: --gate needs a verdict, and --dry-run has none (leave one of them out)")
     hush_libraries()
-    forecast = dry_run(config, Console(quiet=options.quiet))
+    forecast = dry_run(config, _console(options))
     print(forecast.model_dump_json(indent=1) if options.json else escaped(forecast_text(forecast), keep="\n"))
 
 
@@ -240,7 +245,7 @@ def _partition(options: argparse.Namespace) -> None:
     config = _loaded(options)
     from u2a.run import run_stage
 
-    run_stage(config, "partition", options.quiet)
+    run_stage(config, "partition", _console(options))
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -248,7 +253,7 @@ def _stage(options: argparse.Namespace) -> None:
     from u2a.run import run_stage
 
     hush_libraries()
-    run_stage(config, options.command, options.quiet)
+    run_stage(config, options.command, _console(options))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -256,7 +261,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.robustness:
         from u2a.run import run_stage
 
-        run_stage(_loaded(options), "robustness", options.quiet)
+        run_stage(_loaded(options), "robustness", _console(options))
     if options.gate is not None:
         check_gate(options.gate, Path(_loaded(options).output_dir))
 
@@ -274,12 +279,11 @@ def _reward(options: argparse.Namespace) -> None:
     from u2a.config_file import load_config
 
     config = load_config(None, options.overrides, options.preset)
-    from u2a.progress import Console
     from u2a.reward.train import HeadTraining, train_reward_head
 
     hush_libraries()
     settings = HeadTraining(max_length=config.data.max_length, device=config.model.device, seed=config.seed)
-    train_reward_head(options.base, options.pairs, options.out, settings, config.data, Console(quiet=options.quiet))
+    train_reward_head(options.base, options.pairs, options.out, settings, config.data, _console(options))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -383,13 +387,12 @@ def _score(options: argparse.Namespace) -> None:
     from u2a.config_file import load_config
 
     config = load_config(None, options.overrides, options.preset)
-    from u2a.progress import Console
     from u2a.run import score_files
 
     hush_libraries()
     given = {"forget": options.forget, "preferences": options.prefs, "retain": options.retain}
     files = {name: path for name, path in given.items() if path}
-    score_files(options.model, files, Path(options.out), config, Console(quiet=options.quiet))
+    score_files(options.model, files, Path(options.out), config, _console(options))
 
 
 if __name__ == "__main__":

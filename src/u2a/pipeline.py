@@ -57,8 +57,8 @@ class Pipeline:
         sources: rows in memory by the name of their option in ``data``; they win over the options.
         model: a loaded model to use instead of ``model.name_or_path``; its adapter is added by the run.
         tokenizer: its tokenizer.
-        only: compute this stage alone and read the others' records (``reward``, ``score``, ``solve``, ``unlearn`` or
-            ``evaluate``); None computes whatever is not there yet.
+        only: compute this stage alone and read the others' records (``partition``, ``reward``, ``score``, ``solve``,
+            ``unlearn`` or ``evaluate``); None computes whatever is not there yet.
     """
 
     def __init__(
@@ -88,10 +88,9 @@ class Pipeline:
         result = partition(self.config, self.sources)
         encoder = Encoder(self.tokenizer, self.config.data.max_length)
         self.n_truncated = count_truncated(result, encoder)
-        self.console.say("Partition")
+        tell = self.console.result if self._only == "partition" else self.console.say
         cut = f"truncated  {self.n_truncated:>7} answers at data.max_length {self.config.data.max_length} tokens"
-        for line in [*describe(result), cut]:
-            self.console.say(f"  {line}")
+        tell("\n  ".join(["Partition", *describe(result), cut]))
         result.save(self.dir / "partition.json")
         data = self.config.data
         held_out = {} if data.holdout is None else {"holdout": read_examples(data.holdout, data, False, "holdout")}

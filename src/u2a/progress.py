@@ -87,14 +87,17 @@ class Console:
 
     Args:
         stream: where to print; standard error by default.
-        quiet: print nothing (times are still kept).
+        quiet: show no progress (times are still kept).
+        results: where what was found is printed, also when quiet (the command line gives standard output); None
+            treats it as progress.
 
     Attributes:
         seconds: wall seconds by phase name, summed over repeats, in the order phases began.
     """
 
-    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False, results: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
+        self._results = results
         self._quiet = quiet
         self.seconds: dict[str, float] = {}
         self._depth = 0
@@ -128,13 +131,24 @@ class Console:
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
     def say(self, text: str = "") -> None:
-        """Print one line.
+        """Print one line of progress.
 
         Args:
             text: the line.
         """
         if not self._quiet:
             print(text, file=self._stream, flush=True)
+
+    def result(self, text: str = "") -> None:
+        """Print what was found: a table, a verdict, the path of a file.
+
+        Args:
+            text: one or more lines.
+        """
+        if self._results is None:
+            self.say(text)
+        else:
+            print(text, file=self._results, flush=True)
 
 
 def peak_rss_bytes() -> int:

@@ -231,8 +231,8 @@ def _all_stages(pipeline: Pipeline) -> Result:
         f"Report: {path}",
         f"Content hash: {content_hash(records)}",
     ):
-        console.say(text)
-        console.say()
+        console.result(text)
+        console.result()
     return Result(records, pipeline.policy, folder)
 
 
@@ -241,7 +241,7 @@ def _solved(pipeline: Pipeline) -> Solution:
     told: list[ScoreTable] = []
 
     def tell(table: ScoreTable) -> None:
-        pipeline.console.say(reliability_text(table.reliability))
+        pipeline.console.result(reliability_text(table.reliability))
         told.append(table)
 
     solution = pipeline.solution(tell)
@@ -250,20 +250,20 @@ def _solved(pipeline: Pipeline) -> Solution:
     return solution
 
 
-def run_stage(config: RunConfig, stage: str, quiet: bool = False) -> None:
+def run_stage(config: RunConfig, stage: str, console: Console) -> None:
     """Run one stage on the records of the earlier ones, and print what it found.
 
     Args:
         config: all options.
         stage: ``partition``, ``reward``, ``score``, ``solve``, ``unlearn``, ``evaluate`` or ``robustness``.
-        quiet: print nothing but errors.
+        console: progress and results.
 
     Raises:
         ConfigError: no model is named. A missing record is a :class:`~u2a.errors.RecordError`.
     """
     if not config.model.name_or_path:
         raise ConfigError("model.name_or_path: not set (a hub id, a directory, or package:NAME)")
-    pipeline = Pipeline(config, Console(quiet=quiet), only=stage)
+    pipeline = Pipeline(config, console, only=stage)
     with _at_work(pipeline):
         _one_stage(pipeline, stage)
 
@@ -275,28 +275,28 @@ def _one_stage(pipeline: Pipeline, stage: str) -> None:
         return
     if stage == "reward":
         table = pipeline.rewards()
-        console.say("no reward model (reward.model: none)" if table is None else f"{len(table.rows)} rewards")
+        console.result("no reward model (reward.model: none)" if table is None else f"{len(table.rows)} rewards")
     elif stage == "score":
-        console.say(reliability_text(pipeline.scores().reliability))
+        console.result(reliability_text(pipeline.scores().reliability))
     elif stage == "solve":
-        console.say(selection_text(_solved(pipeline)))
+        console.result(selection_text(_solved(pipeline)))
     elif stage == "unlearn":
         for arm in arms_of(config):
             pipeline.unlearn_arm(arm)
-        console.say(f"saved: {save_result(pipeline, merged=True)}")
+        console.result(f"saved: {save_result(pipeline, merged=True)}")
     elif stage == "robustness":
         table = EvaluationStage(pipeline).robustness()
         text = robustness_markdown(table)
         write_whole(pipeline.dir / "robustness.md", text)
-        console.say(text)
+        console.result(text)
         save_result(pipeline)  # its card knows of the attacks now
         write_report(RunRecords.load(pipeline.dir), pipeline.dir / "report.html")
     else:
         table = EvaluationStage(pipeline).table()
         write_summary(pipeline, table)
         save_result(pipeline)  # its card has the results now
-        console.say(evaluation_table(table))
-        console.say(f"Verdict: {table.verdict}")
+        console.result(evaluation_table(table))
+        console.result(f"Verdict: {table.verdict}")
 
 
 def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConfig, console: Console) -> Path:
@@ -346,6 +346,6 @@ def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConf
         }
         lines.append(json.dumps(document, ensure_ascii=False, allow_nan=False))
     write_whole(out, "\n".join(lines) + "\n")
-    console.say(reliability_text(table.reliability))
-    console.say(f"{len(lines)} scores: {out}")
+    console.result(reliability_text(table.reliability))
+    console.result(f"{len(lines)} scores: {out}")
     return out

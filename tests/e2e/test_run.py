@@ -6,7 +6,9 @@ import json
 import math
 import random
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from u2a.progress import Console
 from u2a.record import Record
 from u2a.report import render_report
 from u2a.reward import load_reward_model
+from u2a.run import run
 from u2a.run_records import RunRecords, what_was_done
 from u2a.solution import Solution
 from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
@@ -102,11 +105,49 @@ def test_the_reliability_is_said_once_and_before_the_choice(
 ) -> None:
     arguments = ["run", str(tiny_config()), "--set", f"output_dir={tmp_path / 'told'}"]
     for attempt in ("computed", "read back"):
-        assert main(arguments) == 0
-        said = capsys.readouterr().err
+        with redirect_stderr(sys.stdout):  # one stream, to see the order
+            assert main(arguments) == 0
+        said = capsys.readouterr().out
         assert said.count("\nreliability of the gains") == 1, attempt
         if attempt == "computed":
             assert said.index("score") < said.index("\nreliability of the gains") < said.index("inner run, round 1")
+
+
+def test_results_go_to_standard_output_and_quiet_leaves_them_alone(
+    tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "streams"
+    arguments = [str(tiny_config()), "--set", f"output_dir={folder}"]
+    assert main(["run", *arguments]) == 0
+    loud = capsys.readouterr()
+    for words in (
+        "reliability of the gains",
+        "Selected ",
+        "retain_ppl",
+        "Prompt: ",
+        f"Report: {folder / 'report.html'}",
+    ):
+        assert words in loud.out and words not in loud.err
+    verdict = RunRecords.load(folder).evaluation.verdict  # type: ignore[union-attr]
+    assert loud.out.count(f"Verdict: {verdict}") == 1 and "Verdict" not in loud.err
+    assert "Partition" in loud.err and "done in" in loud.err and "Partition" not in loud.out
+    assert main(["run", *arguments, "--quiet"]) == 0
+    assert capsys.readouterr() == (loud.out, "")
+    for stage, found in {"partition": "Partition\n", "solve": "\nSelected ", "evaluate": f"Verdict: {verdict}"}.items():
+        assert main([stage, *arguments, "--quiet"]) == 0
+        shown = capsys.readouterr()
+        assert found in shown.out and not shown.err, stage
+
+
+def test_from_python_everything_is_said_on_one_stream_or_not_at_all(
+    tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(tiny_config(), [f"output_dir={tmp_path / 'python'}"])
+    run(config)
+    shown = capsys.readouterr()
+    assert shown.err.count("Verdict: ") == 1 and not shown.out
+    run(config, Console(quiet=True))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_run_killed_between_stages_goes_on_to_the_same_result(

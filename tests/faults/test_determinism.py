@@ -79,7 +79,7 @@ def test_the_same_run_twice_has_the_same_hash_and_shows_it(runs: Run, capsys: py
     assert main(["report", str(folder)]) == 0
     assert f"Content hash: {found}" in capsys.readouterr().out
     assert main(["run", str(folder / "run.yaml")]) == 0, "every stage is read back"
-    assert f"Content hash: {found}" in capsys.readouterr().err
+    assert f"Content hash: {found}" in capsys.readouterr().out
 
 
 def test_another_seed_has_another_hash(runs: Run) -> None:

@@ -71,7 +71,7 @@ def test_a_run_where_nothing_is_as_usual(mode: str | None, place: Path, variable
     run = f"rün ✓/{mode}"
     done = u2a(["run", "cönfig file.yaml", "--set", f"output_dir={run}"], place, variables | more)
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
-    printed = done.stderr.decode("utf-8")
+    printed = done.stdout.decode("utf-8")
     assert f"Report: {run}/report.html" in printed
     assert "thé" in (place / run / "partition.json").read_text(encoding="utf-8")
     assert yaml.safe_load((place / run / "run.yaml").read_text(encoding="utf-8"))["output_dir"] == run

@@ -92,7 +92,7 @@ def train_reward_head(
         out: absent or empty folder; it appears whole or not at all.
         settings: kind of base, split, device.
         data: column names and system prompt of the pairs.
-        console: shows progress and prints the card.
+        console: progress, and the card as the result.
 
     Returns:
         Model, card and folder.
@@ -112,8 +112,7 @@ def train_reward_head(
     with console.phase("reward card"):
         card = reward_card(model, held_out, len(train), seed=settings.seed)
     folder = model.save(out, card)
-    for line in card_lines(card):
-        console.say(line)
+    console.result("\n".join(card_lines(card)))
     return TrainedHead(model, card, folder)
 
 
