@@ -621,6 +621,17 @@ def test_models_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         UnlearnTrainer(tiny_policy(adapter=False), None, quiet(tmp_path, retain_term="kl"), rows, RETAIN)
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_a_sharded_launch_is_refused_before_the_model_is_loaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = quiet(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")  # what accelerate launch sets
+    monkeypatch.setattr("u2a.trainer_setup.load_model", None)
+    with pytest.raises(ConfigError, match=f"{name}: training with sharded parameters"):
+        UnlearnTrainer("no-model", None, args, weighted())
+
+
 def test_the_default_configuration_is_the_documented_one(tmp_path: Path) -> None:
     args = UnlearnConfig(output_dir=str(tmp_path))
     assert (args.loss, args.npo_beta, args.retain_term, args.learning_rate) == ("npo", 0.1, "nll", 1e-4)
@@ -691,6 +702,9 @@ def test_the_parts_of_the_loss_add_up_to_what_is_logged(tmp_path: Path, every: i
         ({"save_only_model": True}, {}, "a checkpoint holds the whole state"),
         ({"full_finetuning": True}, {"peft_config": LoraConfig(r=2)}, "full_finetuning conflicts with peft_config"),
         ({}, {"ref_model": "name"}, "ref_model: expected a loaded model, got str"),
+        ({"fsdp": "full_shard"}, {}, r"FSDP: training with sharded parameters is not supported \(launch with DDP"),
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor 0.1: the loss is of the answers as they are"),
+        ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha 5.0: the loss is of the model without noise"),
     ],
 )
 def test_a_refused_call_leaves_the_model_as_it_was(tmp_path: Path, settings: dict, options: dict, said: str) -> None:

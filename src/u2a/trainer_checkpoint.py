@@ -33,7 +33,7 @@ from transformers.trainer_callback import ExportableState
 
 from u2a import disk
 from u2a.checkpoint import newest_whole, prune, save_folder, verify
-from u2a.errors import ConfigError, RecordError, Stopped
+from u2a.errors import RecordError, Stopped
 from u2a.guard import CollapseGuard
 from u2a.modeling import Policy
 from u2a.random_state import random_state, set_random_state
@@ -149,8 +149,6 @@ class CheckpointedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save everything that the rest of the run depends on."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError("save_strategy: sharded training cannot be checkpointed (set it to no)")
         run_dir = Path(self._get_output_dir(trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         now = {"random": random_state(), "loss": float(self._tr_loss), "parts": self.unlogged}

@@ -66,6 +66,16 @@ class UnlearnConfig(TrainingArguments):
             raise ConfigError(
                 "save_only_model: a checkpoint holds the whole state (trainer.save_model saves the model)"
             )
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor {self.label_smoothing_factor:g}: the loss is of the answers as they are "
+                "(leave it out)"
+            )
+        if self.neftune_noise_alpha:
+            raise ConfigError(
+                f"neftune_noise_alpha {self.neftune_noise_alpha}: the loss is of the model without noise, as its "
+                "reference is (leave it out)"
+            )
         check_retain(self.loss_value(), self.retain_term)
 
     def loss_value(self) -> UnlearningLoss:

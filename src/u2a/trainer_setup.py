@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ def check_models(
     Raises:
         ConfigError: options in conflict.
     """
+    _refuse_sharding(args)
     full = not model.has_adapter if isinstance(model, Policy) else args.full_finetuning
     if isinstance(model, Policy) and (peft_config is not None or (args.full_finetuning and not full)):
         raise ConfigError("model: a Policy has its adapter already (leave out peft_config and full_finetuning)")
@@ -45,6 +47,20 @@ def check_models(
         raise ConfigError("ref_model is the model that is trained (leave it out, or load it once more)")
     if args.retain_term == "kl" and full and ref_model is None:
         raise ConfigError("retain_term 'kl' with full fine-tuning needs ref_model (with an adapter it does not)")
+
+
+def _refuse_sharding(args: UnlearnConfig) -> None:
+    """Guard, reference, checkpoints and the saved adapter read whole parameters, of which a shard holds a part."""
+    asked = {
+        "FSDP": args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        "DeepSpeed": args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
+    }
+    for name, value in asked.items():
+        if value:
+            raise ConfigError(
+                f"{name}: training with sharded parameters is not supported (launch with DDP: accelerate launch "
+                "--multi_gpu; one GPU must hold the model)"
+            )
 
 
 def policy_of(
