@@ -279,6 +279,12 @@ def test_negatives_alone_are_unlearned_with_the_lines_that_the_pages_show(tmp_pa
         assert not sets.forget and sets.preference and sets.reward and sets.evaluation
 
 
+@each_page
+def test_a_page_that_advises_several_seeds_says_how_they_can_be_compared(page: Path) -> None:
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if re.search(r"--set seed=\d", line)]
+    assert [line for line in lines if "--set partition.held_out_seed=0 --set seed=" not in line] == []
+
+
 def test_functions_that_prepare_known_sets_do_what_the_page_says() -> None:
     names: dict[str, Any] = {}
     for block in blocks("docs/data.md", "python"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from u2a.config import DataSection, FieldMap, PartitionSection, RunConfig
 from u2a.data import example_id, pair_id, prompt_key
+from u2a.early_checks import check_reward_pairs
 from u2a.errors import ConfigError, DataError
 from u2a.partition import SETS, Inputs, build_partition, describe, partition, shortages
 from u2a.types import Example, Message, Pair, Partition
@@ -137,6 +138,15 @@ def test_evaluation_does_not_move_with_the_other_shares():
     second = build_partition(Inputs(pairs=pairs), PartitionSection(forget_frac=0.1, preference_frac=0.55))
     assert first.evaluation == second.evaluation
     assert first.preference != second.preference
+
+
+def test_a_hundred_pairs_are_enough_for_the_defaults_as_the_page_on_data_says():
+    for seed in range(15):
+        sets = build_partition(
+            Inputs(pairs=[pair(f"{seed} {k}") for k in range(100)], retain=[example("r")]), PartitionSection(), seed
+        )
+        assert shortages(sets, RunConfig()) == []
+        check_reward_pairs(RunConfig(), sets)
 
 
 @pytest.mark.parametrize("held_out_seed", [7, 1])  # 1 is also the seed of a run: the two cuts must be independent

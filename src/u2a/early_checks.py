@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from u2a.config import RunConfig
 from u2a.data import prompt_key
-from u2a.errors import DataError, ModelError
+from u2a.errors import ModelError
 from u2a.evaluation.chat_endpoint import endpoint_key
 from u2a.packaged import check_installed
 from u2a.record import one_line
@@ -67,10 +67,7 @@ def check_reward_pairs(config: RunConfig, sets: Partition) -> None:
     sides = split_reward_pairs(sets.reward)
     for option, side in (("model", 0), ("eval_model", 1), ("second_model", 1)):
         if getattr(config.reward, option) in HEADS:
-            try:
-                check_prompts([prompt_key(pair.prompt) for pair in sides[side]])
-            except DataError as error:
-                raise DataError([f"reward.{option}: {line}" for line in error.problems]) from None
+            check_prompts([prompt_key(pair.prompt) for pair in sides[side]], f"reward.{option}")
 
 
 def check_named_models(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from u2a.cli import main
+from u2a.config_file import load_config
+from u2a.early_checks import check_early
+from u2a.partition import partition
 
 from .conftest import pair_rows, write_jsonl
 
@@ -119,6 +123,19 @@ def test_nothing_already_written_is_lost(
     kept.write_text("mine")
     run(tiny_config(), capsys, "--set", "solve.n_selected=1000")
     assert kept.read_text() == "mine"
+
+
+def test_the_remedy_against_too_few_reward_pairs_names_the_option_that_needs_them(
+    tiny_config: Callable[..., Path], tiny_encoder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = {"model": "none", "eval_model": "embedding", "eval_name_or_path": tiny_encoder}
+    path = tiny_config(reward=reward, partition={"reward_frac": 0.05, "forget_frac": 0.45})
+    assert main(["run", str(path), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "reward.eval_model: reward pairs: " in said and "set reward.model: none" not in said
+    (option,) = re.findall(r"or set (reward\.\w+): none\)", said)
+    config = load_config(path, [f"{option}=none"])
+    check_early(config, partition(config))
 
 
 def test_help_and_config_need_no_model_library() -> None:

@@ -132,20 +132,23 @@ def fit_bradley_terry(differences: np.ndarray, l2: float) -> np.ndarray:
     return weights.detach().numpy()
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
+def check_prompts(prompts: Sequence[str], option: str | None = None) -> None:
     """Refuse pairs on which no head can be fitted.
 
     Args:
         prompts: prompt key of each pair.
+        option: of a run, that asks for the head; None where there is none.
 
     Raises:
         DataError: fewer than four distinct prompts.
     """
     n = len(set(prompts))
     if n < MIN_PROMPTS:
+        where = "" if option is None else f"{option}: "
+        remedy = f"raise partition.reward_frac, set data.reward, or set {option}: none" if option else "give more pairs"
         raise DataError(
-            f"reward pairs: {len(prompts)} pairs on {n} prompts, expected at least {MIN_PROMPTS} prompts "
-            "(raise partition.reward_frac, set data.reward, or set reward.model: none)"
+            f"{where}reward pairs: {len(prompts)} pairs on {n} prompts, expected at least {MIN_PROMPTS} prompts "
+            f"({remedy})"
         )
 
 
