@@ -91,4 +91,4 @@ def test_without_shtab_one_line_says_how_to_get_it(
     assert main(["completion", "bash"]) == 2
     found = capsys.readouterr()
     assert (found.out, found.err.count("\n")) == ("", 1)
-    assert "pip install 'u2a[completion]'" in found.err
+    assert "in the clone: pip install '.[completion]'" in found.err

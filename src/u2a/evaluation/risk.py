@@ -246,7 +246,7 @@ def learn_then_test(
     try:
         from mapie.risk_control import control_fwer
     except ImportError:
-        raise ConfigError("learn_then_test needs mapie (pip install 'u2a[evaluation]')") from None
+        raise ConfigError("learn_then_test needs mapie (in the clone: pip install '.[evaluation]')") from None
     _check_level("alpha", alpha)
     _check_level("delta", delta)
     if not configurations:

@@ -65,7 +65,7 @@ class VllmGenerator:
         try:
             from vllm import LLM  # type: ignore[import-not-found]
         except ImportError as error:
-            raise ConfigError(f"generation by vLLM: {error} (pip install 'u2a[vllm]')") from None
+            raise ConfigError(f"generation by vLLM: {error} (in the clone: pip install '.[vllm]')") from None
 
         folder, options = Path(model_dir), options or EngineOptions()
         self._encoder, self._cache = _load_encoder(folder), cache

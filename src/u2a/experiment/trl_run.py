@@ -44,7 +44,7 @@ def require_trl() -> None:
         state = "not installed" if found is None else f"version {found}"
         raise ConfigError(
             f"the arms sft, dpo, kto, rloo and grpo need the package trl >= 1.16, < 2, which is {state} "
-            "(pip install 'u2a[experiment]', or leave these arms out)"
+            "(in the clone: pip install '.[experiment]', or leave these arms out)"
         )
 
 
