@@ -26,6 +26,7 @@ from u2a.config_file import all_options, load_config, print_options
 from u2a.data import parse_examples, parse_pairs
 from u2a.partition import Inputs, build_partition
 from u2a.rows import read_rows
+from u2a.trainer_setup import policy_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -296,6 +297,23 @@ def test_extras_are_named_as_they_can_be_installed_and_the_readme_lists_them_all
 def test_a_page_that_advises_several_seeds_says_how_they_can_be_compared(page: Path) -> None:
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if re.search(r"--set seed=\d", line)]
     assert [line for line in lines if "--set partition.held_out_seed=0 --set seed=" not in line] == []
+
+
+def test_the_page_on_gpus_loads_and_names_the_precision_that_the_code_has(folder: Path) -> None:
+    (options,) = blocks("docs/gpu.md", "yaml")
+    (folder / "gpu.yaml").write_text(options, encoding="utf-8")
+    assert load_config(folder / "gpu.yaml").model.dtype == "bfloat16" and RunConfig().model.dtype == "float32"
+    names: dict[str, Any] = {}
+    (code,) = blocks("docs/gpu.md", "python")
+    exec(compile(code, "gpu.md", "exec"), names)
+    names["model"].save_pretrained("half")
+    names["tokenizer"].save_pretrained("half")
+    for model, full, dtype in (("half", False, torch.bfloat16), ("half", True, torch.float32)):
+        args = u2a.UnlearnConfig(output_dir="out", use_cpu=True, report_to="none", full_finetuning=full)
+        policy = policy_of(model, None, None, args)
+        (frozen,) = {value.dtype for name, value in policy.model.named_parameters() if "lora" not in name}
+        assert frozen == dtype and {value.dtype for value in policy.trainable().values()} == {torch.float32}
+    assert "model_init_kwargs" not in inspect.signature(u2a.UnlearnConfig).parameters
 
 
 def test_functions_that_prepare_known_sets_do_what_the_page_says() -> None:

@@ -17,6 +17,7 @@ import yaml
 from u2a.arms import SOLUTION_ARM
 from u2a.checkpoint import save_folder
 from u2a.config import SOURCES, DataSection, RunConfig
+from u2a.console import metric_names
 from u2a.content_hash import content_hash
 from u2a.model_card import model_card
 from u2a.model_loading import pick_device
@@ -26,6 +27,7 @@ from u2a.record import write_whole
 from u2a.run_records import RunRecords
 from u2a.types import EvalTable, Metric
 
+# Values by themselves at the top of summary.json; "metrics" holds all of them with their intervals.
 SUMMARY_METRICS = ("preference_accuracy", "preference_margin", "reward", "retain_ppl")
 PACKAGES = ("u2a", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pydantic")
 
@@ -46,6 +48,10 @@ def write_summary(pipeline: Pipeline, table: EvalTable) -> Path:
         name: {arm: _value(metrics.get(name)) for arm, metrics in table.arms.items()} for name in SUMMARY_METRICS
     }
     summary |= {
+        "metrics": {
+            name: {arm: _number(metrics[name]) for arm, metrics in table.arms.items() if name in metrics}
+            for name in metric_names(table)
+        },
         "n_candidates": len(pipeline.partition.forget),
         "n_selected": len(weights),
         "n_truncated": pipeline.n_truncated,
@@ -62,6 +68,10 @@ def write_summary(pipeline: Pipeline, table: EvalTable) -> Path:
     path = pipeline.dir / "summary.json"
     write_whole(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _number(metric: Metric) -> dict[str, float | int | None]:
+    return metric.model_dump(include={"value", "low", "high", "n"})
 
 
 def _value(metric: Metric | None) -> float | None:

@@ -75,11 +75,12 @@ def test_prompt_sets_and_forgetting_stand_beside_the_other_metrics(
         assert "collapsed" in rate.note, "a random model talks nonsense and is not called safe"
     assert {"over_refusal/look_safe", "asr/look_unsafe", "incoherent_rate/harmful"} <= set(arm.metrics)
     assert {"exact_memorisation", "extraction_strength", "mia_loss", "mia_min_k_plus"} <= set(arm.metrics)
+    table = EvalTable.load(tmp_path / "run" / "evaluation.json")
+    assert {"privleak", "mia_min_k"} <= set(table.arms["after"]) and "forget_quality" not in table.arms["after"]
     scaled = ArmResult.load(tmp_path / "run" / "arms" / "after_equal_ppl.json")
     before = ArmResult.load(tmp_path / "run" / "arms" / "before.json")
     assert 0.0 < scaled.metrics["adapter_scale"].value <= 1.0
     assert scaled.metrics["retain_ppl"].value < 1.1 * before.metrics["retain_ppl"].value, "bound on the guard's rows"
-    table = EvalTable.load(tmp_path / "run" / "evaluation.json")
     assert ("after_equal_ppl", "random_k_equal_ppl") in {(item.first, item.second) for item in table.contrasts}
     assert "mia_reference" in arm.metrics and "mia_reference" not in before.metrics, "it is its own reference there"
     assert all(info(name) for name in arm.metrics)

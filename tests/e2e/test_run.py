@@ -53,6 +53,13 @@ def test_run_writes_everything_a_user_is_promised(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     for metric in ("preference_accuracy", "preference_margin", "reward", "retain_ppl"):
         assert {"before", "after", "random_k"} <= set(summary[metric])
+    table = EvalTable.load(finished / "evaluation.json")
+    for arm, metrics in table.arms.items():
+        assert set(metrics) == {name for name, by_arm in summary["metrics"].items() if arm in by_arm}
+        for name, found in metrics.items():
+            shown = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+            assert summary["metrics"][name][arm] == shown
+    assert summary["metrics"]["retain_ppl"]["after"]["value"] == summary["retain_ppl"]["after"]
     for key in ("n_candidates", "n_selected", "weights_sum", "seconds", "peak_rss_bytes", "verdict"):
         assert key in summary
     assert summary["weights_sum"] == pytest.approx(1.0)

@@ -71,7 +71,7 @@ def with_privleak(arms: Mapping[str, ArmResult]) -> dict[str, ArmResult]:
         arms: results by arm; the control ``retrain`` is what PrivLeak compares with.
 
     Returns:
-        The arms; without ``retrain`` the metric has no value and says so, as has TOFU's forget quality.
+        The arms; without ``retrain`` the metric has no value and says so.
     """
     retrained = arms["retrain"].metrics.get("mia_min_k") if "retrain" in arms else None
     out = dict(arms)
@@ -79,13 +79,11 @@ def with_privleak(arms: Mapping[str, ArmResult]) -> dict[str, ArmResult]:
         auc = arm.metrics.get("mia_min_k")
         if auc is None or auc.value is None:
             continue
-        missing = Metric(value=None, note="not available without the control retrain")
-        found = missing
+        found = Metric(value=None, note="not available without the control retrain")
         if retrained is not None and retrained.value is not None and retrained.value < 1:
             value = 100 * ((1 - auc.value) - (1 - retrained.value)) / (1 - retrained.value)
             found = Metric(value=value, n=auc.n, note="Min-40 %, against the control retrain")
-        quality = Metric(value=None, note="not available without the control retrain and perturbed answers")
-        out[name] = arm.model_copy(update={"metrics": arm.metrics | {"privleak": found, "forget_quality": quality}})
+        out[name] = arm.model_copy(update={"metrics": arm.metrics | {"privleak": found}})
     return out
 
 

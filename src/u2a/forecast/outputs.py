@@ -49,7 +49,7 @@ def files_of(workload: Workload, sizes: Sizes, model: nn.Module, tokenizer: PreT
     sizes_by_name: dict[str, int | None] = {
         "run.yaml": 4_000,
         "stages.json": 120 * len(workload.phases),
-        "summary.json": 1_500,
+        "summary.json": 1_500 + 2_500 * len(arms),
         "metrics.jsonl": 130 * config.unlearn.max_steps * len(arms),
         "partition.json": int(texts + 200 * _n_rows(sets)),
         "diagnosis.json": 7_000,
