@@ -74,11 +74,11 @@ Unlearning as such is predicted to help (the mean gain is beyond two standard er
 SELECTION = """\
 Selected 1 of 3 candidates; stopped: held-out J no longer rises
 
-round  selected  J (PA)  J (held-out)  retain ppl  FW gap  split-half  kept
------  --------  ------  ------------  ----------  ------  ----------  ----
-    1        10  -0.093        -0.110       14.21       -           -  yes
-    2        20  -0.041        -0.072       14.66  0.0311       0.410  yes
-    3        20  -0.012        -0.081       15.40  0.0122       0.370  no
+  round  selected  J (PA)  J (held-out)  retain ppl  FW gap  split-half  kept
+-------  --------  ------  ------------  ----------  ------  ----------  ----
+      1        10  -0.093        -0.110       14.21       -           -  yes
+      2        20  -0.041        -0.072       14.66  0.0311       0.410  yes
+refined        20  -0.012        -0.081       15.40  0.0122       0.370  no
 
 id                weight     gain      se  reason
 ----------------  ------  -------  ------  ----------------------------

@@ -287,7 +287,7 @@ def selection_text(solution: Solution, top: int = 10) -> str:
         rows = [_round_cells(item, objectives) for item in solution.rounds]
         if solution.start_heldout is not None:
             rows.insert(0, ["start", "0", "-", number(solution.start_heldout, *objectives), "-", "-", "-", "-"])
-        text += "\n" + _grid(heads, rows, (5, 8, 10, 12, 10, 10, 10, 4), right=range(7))
+        text += "\n" + _grid(heads, rows, (7, 8, 10, 12, 10, 10, 10, 4), right=range(7))
     gains = {row.id: row for row in solution.scores.rows}
     chosen = sorted((row for row in solution.rows if row.weight > 0), key=lambda row: -row.weight)[:top]
     largest = max((abs(gains[row.id].gain) for row in chosen if row.id in gains), default=0.0)
@@ -358,7 +358,7 @@ def _contrast_cells(item: Contrast) -> list[str]:
 def _round_cells(item: Round, objectives: list[float | None]) -> list[str]:
     values = [number(value, *objectives) for value in (item.objective_pa, item.objective_heldout)]
     values += [number(value) for value in (item.retain_ppl, item.fw_gap, item.split_half)]
-    return [str(item.index + 1), str(item.n_selected), *values, "yes" if item.accepted else "no"]
+    return [item.name, str(item.n_selected), *values, "yes" if item.accepted else "no"]
 
 
 def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]], most: Sequence[int], right: Sequence[int] = ()) -> str:

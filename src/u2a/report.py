@@ -39,7 +39,7 @@ from u2a.types import Contrast, EvalTable, Partition, UnlearnResult
 
 __all__ = ["RunRecords", "render_report", "write_report"]
 
-SHOWN_ELSEWHERE = ("provenance", "seconds", "peak_rss_bytes", "content_hash")  # of the summary
+SHOWN_ELSEWHERE = ("metrics", "provenance", "seconds", "peak_rss_bytes", "content_hash")  # of the summary
 MAX_ROWS = 5000
 ROWS_AT_ONCE = 200  # on a screen; the rest at a click
 MAX_CHARS = 4000

@@ -151,6 +151,11 @@ class Round(Row):
     seconds: float = 0.0
     reward: float | None = None
 
+    @property
+    def name(self) -> str:
+        """How tables call it: its number, or ``refined`` where only weights moved."""
+        return str(self.index + 1) if self.added or self.index == 0 else "refined"
+
 
 class Solution(Record):
     """The weighted set: which negatives to unlearn and how strongly.

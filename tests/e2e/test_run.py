@@ -60,6 +60,7 @@ def test_run_writes_everything_a_user_is_promised(finished: Path) -> None:
             shown = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
             assert summary["metrics"][name][arm] == shown
     assert summary["metrics"]["retain_ppl"]["after"]["value"] == summary["retain_ppl"]["after"]
+    assert "metrics.retain_ppl" not in (finished / "report.html").read_text(), "the report has its own table of them"
     for key in ("n_candidates", "n_selected", "weights_sum", "seconds", "peak_rss_bytes", "verdict"):
         assert key in summary
     assert summary["weights_sum"] == pytest.approx(1.0)
