@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -22,6 +24,19 @@ def commands(parser: argparse.ArgumentParser) -> list[list[str]]:
         if isinstance(action, argparse._SubParsersAction):
             found += [[name, *rest] for name, inner in action.choices.items() for rest in commands(inner)]
     return found
+
+
+@pytest.mark.parametrize("words", [["completion", "bash"], ["config", "--print"], ["metrics"], ["env"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "u2a", *words], stdout=writes, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writes)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_the_package_is_the_command() -> None:
@@ -66,4 +81,4 @@ def test_help_explains_every_exit_status(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["--help"])
     lines = capsys.readouterr().out.split("exit status:\n")[1].splitlines()
-    assert [line.split()[0] for line in lines] == ["0", "1", "2", "3", "130", "143"]
+    assert [line.split()[0] for line in lines] == ["0", "1", "2", "3", "130", "141", "143"]

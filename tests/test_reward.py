@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,11 @@ from transformers import (
 )
 
 from tiny import ask, examples, pairs, save_tiny, save_tiny_encoder, tiny_model, tiny_policy, tiny_tokenizer
+from u2a.cli import main
 from u2a.config import RewardSection
 from u2a.config_base import count_of
+from u2a.config_file import load_config
+from u2a.early_checks import check_named_models
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
 from u2a.progress import Console
@@ -246,6 +250,21 @@ def write_rows(path: Path, n: int) -> str:
     rows = [{"prompt": p.prompt[0].content, "chosen": p.chosen, "rejected": p.rejected} for p in pairs(n)]
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return str(path)
+
+
+def test_the_command_says_which_options_take_the_head(
+    encoder_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", 40), tmp_path / "my head"
+    assert main(["reward", "train", "--pairs", rows, "--base", encoder_folder, "--out", str(out), "--quiet"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "--set" in line]
+    selecting, judging = ([text for text in words if text.startswith("reward.")] for words in lines)
+    assert load_config(None, selecting).reward.name_or_path == str(out)
+    assert load_config(None, judging).reward.eval_name_or_path == str(out)
+    check_named_models(load_config(None, [*selecting, "reward.eval_model=none"]))
+    check_named_models(load_config(None, [*judging, "reward.model=none"]))
+    with pytest.raises(ConfigError, match="the judge must be another one"):
+        load_config(None, selecting + judging)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "language_model"])

@@ -15,7 +15,7 @@ from u2a import __version__
 from u2a.errors import ConfigError, U2AError
 from u2a.gate import GATES, check_gate
 from u2a.signals import stops_on_signals
-from u2a.terminal import escaped, hush_libraries, use_utf8
+from u2a.terminal import drop_output, escaped, flush_output, hush_libraries, use_utf8
 
 if TYPE_CHECKING:
     from u2a.config import RunConfig
@@ -36,6 +36,7 @@ EXIT_STATUS = """exit status:
   2    bad input, or a file that cannot be written
   3    another process works in the run's directory
   130  stopped by Ctrl-C (SIGINT); the same command goes on
+  141  what reads the output has gone (u2a ... | head)
   143  stopped by SIGTERM; the same command goes on"""
 # Commands that a signal asks to save.
 SAVING = ("run", "demo", "partition", "reward", "score", "solve", "unlearn", "evaluate", "experiment")
@@ -152,13 +153,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 1 for a verdict below ``--gate``, a number that is not finite, a solve that did not converge
         or too little memory; 2 for bad input or a file that cannot be written; 3 for a run's directory in which
-        another process works; 130 or 143 after SIGINT or SIGTERM.
+        another process works; 130, 141 or 143 after SIGINT, a closed pipe or SIGTERM.
     """
     if arguments is None:
         use_utf8()
     options = build_parser().parse_args(arguments)
     handlers: dict[str, Callable[[argparse.Namespace], None]] = {
-        "run": _run, "demo": _demo, "config": _config, "score": _score, "partition": _partition,
+        "run": _run, "demo": _demo, "config": _config, "score": _score, "partition": _stage,
         "reward": _reward, "solve": _stage, "unlearn": _stage, "evaluate": _evaluate, "report": _report,
         "compare": _compare, "metrics": _metrics, "data": _data, "env": _env,
         "experiment": _experiment,
@@ -167,9 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with stops_on_signals() if options.command in SAVING else nullcontext():
             handlers[options.command](options)
+        flush_output()
     except U2AError as error:
         print(escaped(f"u2a {options.command}: {error}", keep="\n"), file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # what reads the output has seen enough, as head does
+        drop_output()
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"u2a {options.command}: {error} (is the path right, and writable?)", file=sys.stderr)
         return 2
@@ -239,13 +244,6 @@ def _config(options: argparse.Namespace) -> None:
         print(print_options(config), end="")
     else:
         print("the configuration is valid")
-
-
-def _partition(options: argparse.Namespace) -> None:
-    config = _loaded(options)
-    from u2a.run import run_stage
-
-    run_stage(config, "partition", _console(options))
 
 
 def _stage(options: argparse.Namespace) -> None:

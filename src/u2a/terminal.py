@@ -68,6 +68,20 @@ def use_utf8() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def flush_output() -> None:
+    """Print what is still held back, so that a closed pipe is met here and not when Python ends."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def drop_output() -> None:
+    """Let what is still to be printed go nowhere: what read it has gone, and Python would complain at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 def hush_libraries() -> None:
     """Keep the loading bars and internal deprecation notes of transformers off the user's terminal."""
     from huggingface_hub.utils import disable_progress_bars

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,20 @@ def test_the_merged_model_is_saved_by_the_stage_that_unlearns(tiny_config: Calla
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged"), torch.arange(20)[None]
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapter_of_a_finished_run_is_merged_later_without_training_again(
+    finished: Path, tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in finished.glob("*.json") if path.name != "stages.json"}
+    monkeypatch.setattr(import_module("u2a.unlearn"), "UnlearnTrainer", None)  # u2a.unlearn is a function, too
+    assert not (finished / "merged").exists()
+    assert main(["unlearn", str(tiny_config()), "--set", "model.save_merged=true", "--quiet"]) == 0
+    base = AutoModelForCausalLM.from_pretrained(load_config(tiny_config()).model.name_or_path)
+    adapted = PeftModel.from_pretrained(base, finished / "adapter").eval()
+    merged, ids = AutoModelForCausalLM.from_pretrained(finished / "merged"), torch.arange(20)[None]
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize("stage", ["solve", "unlearn", "evaluate", "report"])

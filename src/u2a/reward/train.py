@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from u2a.reward.head import MIN_PROMPTS, refuse_taken
 from u2a.reward.lm_head import LanguageModelReward, load_hidden_states, train_language_model_reward
 from u2a.reward.loading import absolute, is_causal
 from u2a.rows import Source
+from u2a.terminal import escaped
 from u2a.types import Pair, RewardCard
 
 
@@ -112,8 +114,26 @@ def train_reward_head(
     with console.phase("reward card"):
         card = reward_card(model, held_out, len(train), seed=settings.seed)
     folder = model.save(out, card)
-    console.result("\n".join(card_lines(card)))
+    console.result("\n".join([*card_lines(card), *how_to_use(folder)]))
     return TrainedHead(model, card, folder)
+
+
+def how_to_use(folder: Path) -> list[str]:
+    """Say where a trained head is and which options of a run take it.
+
+    Args:
+        folder: of the head.
+
+    Returns:
+        Lines.
+    """
+    path = escaped(shlex.quote(str(folder)))
+    return [
+        f"saved: {path}",
+        f"to select with it: u2a run config.yaml --set reward.model=head --set reward.name_or_path={path}",
+        f"to judge with it:  u2a run config.yaml --set reward.eval_model=head --set reward.eval_name_or_path={path}",
+        "one run takes it for one of the two: what judges must be another model than what selects",
+    ]
 
 
 def split_by_prompt(pairs: Sequence[Pair], settings: HeadTraining) -> tuple[list[Pair], list[Pair]]:
