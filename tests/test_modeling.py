@@ -20,7 +20,7 @@ from u2a.adapter import fused_lora
 from u2a.config import AdapterConfig, ModelSection
 from u2a.encoding import Encoded, collate
 from u2a.errors import ConfigError, ModelError, NonFiniteError
-from u2a.model_loading import check_adapter_layers, load_model, load_tokenizer, pick_device
+from u2a.model_loading import check_adapter_layers, check_packages, load_model, load_tokenizer, pick_device
 from u2a.modeling import Policy, answer_log_probs, weights_fingerprint
 
 TOLERANCE = 2e-5  # nats per token, float32
@@ -323,6 +323,29 @@ def test_missing_models_and_devices_are_clear_errors(tmp_path) -> None:
     with pytest.raises(ModelError, match="model.device: 'cuda:77' is not available"):
         pick_device("cuda:77")
     assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "packages", "said"),
+    [
+        ({"load_in_4bit": True}, (), "model.load_in_4bit: needs the package bitsandbytes"),
+        ({"load_in_4bit": True}, ("bitsandbytes",), None),
+        ({"attention": "flash_attention_2"}, (), "model.attention: flash_attention_2 needs the package flash-attn"),
+        ({"attention": "flash_attention_2"}, ("flash_attn",), None),
+        ({"attention": "flash_attention_2"}, ("kernels",), None),
+        ({}, (), None),
+    ],
+)
+def test_options_whose_package_is_missing_are_refused_before_anything_is_loaded(
+    options: dict, packages: tuple[str, ...], said: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    monkeypatch.setattr("u2a.model_loading.find_spec", lambda name: name if name in packages else None)
+    section = ModelSection(name_or_path=str(tmp_path / "no model"), **options)
+    if said is None:
+        check_packages(section)
+        return
+    with pytest.raises(ConfigError, match=said):
+        check_packages(section)
 
 
 def test_adapter_layers_that_the_model_lacks_are_refused_before_its_weights_are_read(tmp_path) -> None:

@@ -251,7 +251,7 @@ def _stage(options: argparse.Namespace) -> None:
     from u2a.run import run_stage
 
     hush_libraries()
-    run_stage(config, options.command, _console(options))
+    run_stage(config, options.command, _console(options), getattr(options, "robustness", False))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -9,12 +9,14 @@ from transformers import AutoConfig
 from u2a.config import RunConfig
 from u2a.data import prompt_key
 from u2a.errors import ModelError
+from u2a.evaluation.arm import prompts_answered
 from u2a.evaluation.chat_endpoint import endpoint_key
 from u2a.packaged import check_installed
-from u2a.record import one_line
+from u2a.record import derive_seed, one_line
 from u2a.reward.analysis import split_reward_pairs
 from u2a.reward.head import check_prompts, load_head
 from u2a.reward.loading import refuse_no_head
+from u2a.robustness.relearn import split_forget, texts
 from u2a.types import Partition
 
 VERDICTS = "verdicts.jsonl"  # below cache/: what the judge replied
@@ -68,6 +70,24 @@ def check_reward_pairs(config: RunConfig, sets: Partition) -> None:
     for option, side in (("model", 0), ("eval_model", 1), ("second_model", 1)):
         if getattr(config.reward, option) in HEADS:
             check_prompts([prompt_key(pair.prompt) for pair in sides[side]], f"reward.{option}")
+
+
+def check_relearning(config: RunConfig, sets: Partition) -> None:
+    """Refuse candidates of which the relearning attack leaves none, which it would meet after the evaluation.
+
+    Args:
+        config: options.
+        sets: the partition.
+
+    Raises:
+        DataError: too few candidates with a prompt and an answer of their own.
+    """
+    section = config.robustness
+    if section.relearn_rows:
+        measured = sorted(sets.retain_parts().evaluation, key=lambda row: row.id)[: section.measured_rows]
+        asked = {("prompt", prompt_key(pair.prompt)) for pair in prompts_answered(sets.evaluation, section.prompts)}
+        seed = derive_seed(derive_seed(config.seed, "robustness"), "relearn")
+        split_forget(sets.forget, section.relearn_rows, seed, texts(measured) | asked)
 
 
 def check_named_models(config: RunConfig) -> None:

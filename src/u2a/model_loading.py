@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,27 @@ def check_adapter_layers(section: ModelSection) -> None:
         for layer in section.adapter.layers
         if not 0 <= layer < n_layers
     ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_packages(section: ModelSection) -> None:
+    """Refuse a quantised base or an attention kernel whose package is missing, which loading would meet.
+
+    Args:
+        section: the model options.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    problems = []
+    if section.load_in_4bit and find_spec("bitsandbytes") is None:
+        problems.append("model.load_in_4bit: needs the package bitsandbytes (pip install bitsandbytes, or set false)")
+    kernels = ("flash_attn", "kernels")  # transformers takes either
+    if section.attention == "flash_attention_2" and all(find_spec(name) is None for name in kernels):
+        problems.append(
+            "model.attention: flash_attention_2 needs the package flash-attn (pip install flash-attn, or set sdpa)"
+        )
     if problems:
         raise ConfigError(problems)
 

@@ -23,6 +23,7 @@ from u2a.config import PartitionSection, RunConfig
 from u2a.console import evaluation_table, reliability_text, samples_text, selection_text
 from u2a.content_hash import content_hash
 from u2a.data import Source
+from u2a.early_checks import check_relearning
 from u2a.encoding import Encoder, count_truncated
 from u2a.errors import ConfigError, ModelError, Stopped
 from u2a.evaluation_stage import EvaluationStage
@@ -250,13 +251,14 @@ def _solved(pipeline: Pipeline) -> Solution:
     return solution
 
 
-def run_stage(config: RunConfig, stage: str, console: Console) -> None:
+def run_stage(config: RunConfig, stage: str, console: Console, attacked: bool = False) -> None:
     """Run one stage on the records of the earlier ones, and print what it found.
 
     Args:
         config: all options.
         stage: ``partition``, ``reward``, ``score``, ``solve``, ``unlearn``, ``evaluate`` or ``robustness``.
         console: progress and results.
+        attacked: the result is attacked next (``robustness``), so what that needs is checked, too.
 
     Raises:
         ConfigError: no model is named. A missing record is a :class:`~u2a.errors.RecordError`.
@@ -265,6 +267,8 @@ def run_stage(config: RunConfig, stage: str, console: Console) -> None:
         raise ConfigError("model.name_or_path: not set (a hub id, a directory, or package:NAME)")
     pipeline = Pipeline(config, console, only=stage)
     with _at_work(pipeline):
+        if attacked:
+            check_relearning(config, pipeline.partition)
         _one_stage(pipeline, stage)
 
 

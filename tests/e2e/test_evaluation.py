@@ -159,6 +159,20 @@ def test_verdicts_that_failed_are_asked_again_and_no_others(
     assert not asked, "nothing is unscored any more"
 
 
+def test_answers_that_leave_the_attacker_none_are_told_before_the_evaluation(
+    attacked_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = tmp_path / "one answer.jsonl"
+    write_jsonl(path, [row | {"rejected": "no"} for row in pair_rows(60)])
+    config = str(attacked_config(data={"pairs": str(path)}))
+    for stage in ("reward", "solve", "unlearn"):
+        assert main([stage, config, "--quiet"]) == 0
+    monkeypatch.setattr("u2a.evaluation_stage.evaluate_arm", None)
+    assert main(["evaluate", config, "--robustness", "--quiet"]) == 2
+    assert "relearning: " in capsys.readouterr().err
+
+
 def test_robustness_attacks_the_start_and_the_solution_alike(
     attacked_config: Callable[..., Path], tmp_path: Path
 ) -> None:
