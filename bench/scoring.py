@@ -241,7 +241,8 @@ def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
         claims.append(Target(f"rel_error of {name}", row["rel_error"], 0.01, True))
     for name, row in found["rivals"].items():
         if row["status"] == "measured":
-            claims.append(Target(f"seconds of {name} / seconds of the same work by central", row["ratio_to_central"], 1.0, False))
+            figure = f"seconds of {name} / seconds of the same work by central"
+            claims.append(Target(figure, row["ratio_to_central"], 1.0, False))
     for name, row in (found["memory"] or {}).items():
         claims.append(Target(f"peak_rss_growth of {name}", row["growth"], 0.05, True))
     return [claim.record() for claim in claims]
