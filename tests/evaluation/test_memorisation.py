@@ -168,7 +168,7 @@ def test_the_interval_is_over_prompts() -> None:
 
 def test_without_rouge_score_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score", None)
-    with pytest.raises(ConfigError, match=r"pip install 'u2a\[evaluation\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[evaluation\]'"):
         verbatim_memorisation({"a": "b"}, {"a": "b"})
 
 

@@ -197,7 +197,7 @@ def test_without_mapie_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         return plain(name, *arguments, **named)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ConfigError, match=r"u2a\[evaluation\]"):
+    with pytest.raises(ConfigError, match=r"\.\[evaluation\]"):
         learn_then_test({"a": {"q": 0.0}}, [], 0.1)
     assert risk_bound(losses_of(20, 200), []).upper == pytest.approx(0.1457, abs=5e-5)
 

@@ -210,7 +210,7 @@ def test_a_temperature_that_vllm_would_change_is_refused(
 
 def test_without_vllm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match=r"pip install 'u2a\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[vllm\]'"):
         VllmGenerator(exported)
 
 

@@ -206,5 +206,5 @@ def test_what_cannot_be_used_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> No
         raise trl_run.PackageNotFoundError(name)
 
     monkeypatch.setattr(trl_run, "version", absent)
-    with pytest.raises(ConfigError, match=r"u2a\[experiment\]"):
+    with pytest.raises(ConfigError, match=r"'\.\[experiment\]'"):
         arm.train(cast(Setting, None), {}, Meter(), budget)  # before it looks at anything

@@ -260,12 +260,12 @@ def test_what_cannot_be_used_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch
         PreferenceArm("sft").train(tiny_setting(policy=tiny_policy(adapter=False)), {}, Meter(), StepBudget(1))
     for found in ("1.15.0", "2.0"):
         monkeypatch.setattr(trl_run, "version", lambda name, found=found: found)
-        with pytest.raises(ConfigError, match=rf"trl >= 1\.16, < 2, which is version {found} .*u2a\[experiment\]"):
+        with pytest.raises(ConfigError, match=rf"trl >= 1\.16, < 2, which is version {found} .*'\.\[experiment\]'"):
             PreferenceArm("sft").train(cast(Setting, None), {}, Meter(), StepBudget(1))  # before it looks at anything
 
     def absent(name: str) -> str:
         raise trl_run.PackageNotFoundError(name)
 
     monkeypatch.setattr(trl_run, "version", absent)
-    with pytest.raises(ConfigError, match=r"not installed \(pip install 'u2a\[experiment\]'"):
+    with pytest.raises(ConfigError, match=r"not installed \(in the clone: pip install '\.\[experiment\]'"):
         PreferenceArm("sft").train(cast(Setting, None), {}, Meter(), StepBudget(1))
