@@ -558,3 +558,26 @@ def test_scores_cut_in_any_batch_are_the_same(tmp_path: Path, keeps_all: None, s
         with cut_at(place, call), pytest.raises(Cut):
             scored(tmp_path / str(call))
         assert scored(tmp_path / str(call)) == wanted, call
+
+
+@pytest.mark.parametrize("scorer", ["backward", "central"])
+@pytest.mark.parametrize(("first", "second"), [(120, 1024), (300, 450)])
+def test_scores_cut_under_one_token_budget_go_on_under_another(
+    tmp_path: Path, keeps_all: None, scorer: str, first: int, second: int
+) -> None:
+    """Other batches: what is left over is told by row, not by the number of batches that were done."""
+
+    def scored(folder: Path | None, budget: int) -> list[float]:
+        policy = tiny_policy(token_budget=budget)
+        inner = InnerProblem(examples(24), section=UnlearnSection(loss="ga", retain_term="none"))
+        outer = outer_problem(folder, scorer=scorer, warmup_steps=0, adjoint="identity")
+        return [row.gain for row in score(policy, inner, outer, Console(quiet=True)).rows]
+
+    other = "u2a.bilevel.candidates.CandidateLosses.of"
+    place = PLACES["scoring of a batch"] if scorer == "backward" else other
+    with cut_at(place, None) as calls:
+        wanted = scored(None, first)
+    with cut_at(place, max(1, len(calls) // 2)), pytest.raises(Cut):
+        scored(tmp_path, first)
+    assert scored(tmp_path, second) == pytest.approx(wanted, rel=2e-2, abs=1e-4)
+    assert all(wanted)

@@ -7,11 +7,12 @@ computed again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from u2a.checkpoint import delete, is_whole, save_folder
@@ -104,7 +105,9 @@ class Parts:
 
 
 class Growing:
-    """A tensor that fills up batch by batch; what is there is kept every few minutes and when the run is to stop.
+    """A tensor that fills up row by row; what is there is kept every few minutes and when the run is to stop.
+
+    Which rows are there is kept with them, so a process that takes them in other batches goes on with the others.
 
     Args:
         parts: where.
@@ -112,26 +115,27 @@ class Growing:
         values: the tensor as it begins.
 
     Attributes:
-        values: the tensor, with what an earlier process found.
-        done: batches that are in it already.
+        values: (n, columns), with what an earlier process found.
+        done: (n,) whether a row is in it already.
     """
 
     def __init__(self, parts: Parts, name: str | None, values: Tensor) -> None:
         self._parts, self._name = parts, name
         found = None if name is None else parts.load(name)
         self.values: Tensor = values if found is None else found["values"]
-        self.done: int = 0 if found is None else found["done"]
+        self.done: Tensor = torch.zeros(len(values), dtype=torch.bool) if found is None else found["rows"]
         self._since = time.monotonic()
 
-    def grown(self, done: int, last: bool) -> None:
-        """Keep the tensor when it is time.
+    def grown(self, rows: Sequence[int]) -> None:
+        """Note that rows are there, and keep the tensor when it is time.
 
         Args:
-            done: batches that are in it now.
-            last: these are all.
+            rows: indices of those that were filled now.
         """
+        self.done[list(rows)] = True
+        least = WORTH_S if bool(self.done.all()) else EVERY_S
         spent = time.monotonic() - self._since
-        if self._name is None or not (spent >= (WORTH_S if last else EVERY_S) or stopping.requested is not None):
+        if self._name is None or not (spent >= least or stopping.requested is not None):
             return
-        self._parts.save(self._name, {"values": self.values, "done": done})
+        self._parts.save(self._name, {"values": self.values, "rows": self.done})
         self._since = time.monotonic()

@@ -111,13 +111,13 @@ class CandidateLosses:
         kept = Growing(self.parts if count == 1 else Parts(), name, none_yet)
         out = kept.values
         for number, batch in enumerate(self.batches()):
-            if number < kept.done:
-                advance.advance(len(batch))
-                continue
-            width = len(self.rows[batch[0]].input_ids)
-            for part, found in in_parts(batch, width, self.policy.limits, compute) if number % count == rank else ():
-                out[part] = found.cpu().double()
-            kept.grown(number + 1, last=number + 1 == len(self.batches()))
+            left = [k for k in batch if not kept.done[k]]  # an earlier process may have had other batches
+            if left and number % count == rank:
+                width = len(self.rows[left[0]].input_ids)
+                for part, found in in_parts(left, width, self.policy.limits, compute):
+                    out[part] = found.cpu().double()
+            if left:
+                kept.grown(left)
             advance.advance(len(batch))
         return summed_over_processes(out, self.policy.device)
 

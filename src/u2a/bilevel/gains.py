@@ -254,7 +254,7 @@ def compute_gains(
     return Gains(table, statistics, estimates, plain)
 
 
-_LAYOUT = 3  # of parts on the disk: which columns a scorer keeps, and the order of batches
+_LAYOUT = 4  # of parts on the disk: which columns a scorer keeps, and how the rows that are there are noted
 
 
 def _parts(policy: Policy, inner: InnerProblem, outer: OuterProblem, folds: Folds, reached: Reached) -> Parts:
