@@ -11,8 +11,8 @@ from validity import SOLVER, top_precision, without
 
 from u2a.bilevel.adjoint import Adjoint
 from u2a.bilevel.curvature import make_curvature
-from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.hypergrad import Identity, Implicit
+from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.select import spearman
 from u2a.bilevel.solve import score
 from u2a.bilevel.unrolled import Unrolled

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from corpus import AnyRow, require_data
 from small_model import Base, ModelOptions, base_model
 
-from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.objective import Margin, objective_values
 from u2a.bilevel.outcome import random_weights
+from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.solve import score
 from u2a.config import AdapterConfig, SolveSection, UnlearnSection
 from u2a.data import prompt_key

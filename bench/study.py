@@ -23,9 +23,9 @@ from scipy import stats
 from small_model import Base, ModelOptions, base_model
 from small_world import Meter, make_world, uniform
 
-from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.objective import Margin
 from u2a.bilevel.outcome import random_weights
+from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.solve import n_to_select, score, solve
 from u2a.config import SolveSection, UnlearnSection
 from u2a.progress import Console

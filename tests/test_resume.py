@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 import u2a.parts
 from tiny import examples, pairs, tiny_policy
 from u2a import UnlearnConfig, UnlearnTrainer
-from u2a.bilevel.gains import OuterProblem
+from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.solve import score, solve
 from u2a.config import GuardSection, SolveSection, UnlearnSection
 from u2a.errors import RecordError, Stopped

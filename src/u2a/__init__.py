@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from u2a.bilevel.gains import OuterProblem
+    from u2a.bilevel.outer_problem import OuterProblem
     from u2a.bilevel.solve import score, solve
     from u2a.config import RunConfig
     from u2a.config_file import load_config

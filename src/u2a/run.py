@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from u2a.arms import arms_of
 from u2a.artifacts import save_model, save_result, write_run_yaml, write_summary
 from u2a.batch_size import memory_for, told_to
-from u2a.bilevel.gains import OuterProblem
+from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.solve import score
 from u2a.candidates_csv import write_candidates
 from u2a.checkpoint import delete, refuse_foreign_directory, refuse_foreign_files

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tiny import examples, pairs, tiny_policy
-from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.monitor import Monitor
 from u2a.bilevel.objective import CustomObjective, Objective
+from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.solve import solve
 from u2a.config import SolveSection, UnlearnSection
 from u2a.progress import Console

@@ -12,10 +12,11 @@ from small import direction, hessian, small_policy
 from tiny import examples, pairs, tiny_policy
 from u2a.bilevel.candidates import CandidateLosses
 from u2a.bilevel.differences import Central
-from u2a.bilevel.gains import Reached, compute_gains, split_preference
+from u2a.bilevel.gains import Reached, compute_gains
 from u2a.bilevel.hypergrad import Identity, Implicit, make_adjoint
 from u2a.bilevel.objective import DPO, Margin, objective_gradient, objective_values
 from u2a.bilevel.outcome import random_weights
+from u2a.bilevel.outer_problem import split_preference
 from u2a.bilevel.select import top_block
 from u2a.bilevel.solve import _warm_up
 from u2a.bilevel.weight import mirror_step, penalty, penalty_gradient, refine

@@ -7,18 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small import B, candidate_losses, encode, inner_by_hand, loss_by_hand, small_policy, theta_of
 from torch import Tensor, nn
 
 from tiny import examples, pairs
 from u2a.bilevel.attention import second_order_attention
-from u2a.bilevel.gains import OuterProblem, Reached, compute_gains, split_preference
+from u2a.bilevel.gains import Reached, compute_gains
 from u2a.bilevel.objective import CustomObjective, Margin
+from u2a.bilevel.outer_problem import OuterProblem, split_preference
 from u2a.config import SolveSection, UnlearnSection
-from u2a.data import prompt_key
-from u2a.errors import ConfigError, DataError, NonFiniteError
+from u2a.errors import NonFiniteError
 from u2a.losses import make_loss
 from u2a.modeling import Policy
 from u2a.progress import Console
@@ -186,31 +184,3 @@ def test_non_finite_candidate_is_named(scorer: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(NonFiniteError) as caught:
         compute_gains(policy, inner, options, split_preference(options), Reached(inner.uniform()), QUIET)
     assert caught.value.ids == [ROWS[1].id]
-
-
-def prompts(rows: tuple[Pair, ...]) -> set[str]:
-    return {prompt_key(row.prompt) for row in rows}
-
-
-@settings(max_examples=20)
-@given(n=st.integers(1, 12), k=st.integers(1, 6), heldout=st.sampled_from([0.0, 0.2, 0.5, 0.9]), data=st.data())
-def test_split_keeps_prompts_together_and_loses_nothing(n: int, k: int, heldout: float, data: st.DataObject):
-    rows = [*pairs(n), *(row.model_copy(update={"id": "x" + row.id, "chosen": "another"}) for row in pairs(n)[::2])]
-    section = SolveSection(folds=k, heldout_frac=heldout)
-    found = split_preference(OuterProblem(tuple(rows), section, seed=3))
-    parts = [*found.folds, found.heldout]
-    assert sorted(row.id for part in parts for row in part) == sorted(row.id for row in rows)
-    sets = [prompts(part) for part in parts]
-    assert sum(len(part) for part in sets) == len(set().union(*sets)) == n
-    counts = [len(part) for part in sets[:-1]]
-    assert min(counts) >= 1
-    assert max(counts) - min(counts) <= 1
-    shuffled = tuple(data.draw(st.permutations(rows)))
-    assert split_preference(OuterProblem(shuffled, section, seed=3)) == found
-
-
-def test_no_pair_and_no_reward_model_are_refused():
-    with pytest.raises(DataError, match="no pair"):
-        split_preference(OuterProblem((), SolveSection()))
-    with pytest.raises(ConfigError, match="reward model"):
-        OuterProblem(PAIRS, SolveSection(objective="reward")).objective_value()

@@ -10,9 +10,10 @@ from scenes import INNER, QUIET, ROWS, outer, run, scripted
 
 from tiny import examples, tiny_policy
 from u2a.bilevel.adjoint import Adjoint
-from u2a.bilevel.gains import Reached, compute_gains, split_preference
+from u2a.bilevel.gains import Reached, compute_gains
 from u2a.bilevel.hypergrad import Identity, make_refining_adjoint
 from u2a.bilevel.objective import Margin, objective_values
+from u2a.bilevel.outer_problem import split_preference
 from u2a.bilevel.unrolled import Unrolled
 from u2a.bilevel.weight import mirror_step, refine
 from u2a.config import GuardSection, SolveSection, UnlearnSection

@@ -120,6 +120,39 @@ def test_fold_statistics_equal_the_formulas_written_out():
     assert found.p_signal == pytest.approx(np.mean(np.array(beaten) >= beaten[0] - 1e-12))
 
 
+def test_folds_of_unequal_size_are_weighted_in_all_statistics():
+    gains, sizes = table(0, n=7, folds=4, signal=1.0, noise=0.5, mean=0.3).numpy(), np.array([9, 2, 4, 3])
+    found = fold_statistics(torch.from_numpy(gains), sizes.tolist())
+    centred = gains - gains.mean(0)
+
+    def variance(values: np.ndarray) -> np.ndarray:
+        mean = np.average(values, axis=-1, weights=sizes)[..., None]
+        return ((values - mean) ** 2 @ sizes) / 3 / sizes.sum()
+
+    own = variance(centred)
+    assert np.allclose(found.se, np.sqrt((3 * own + PRIOR_DOF * own.mean()) / (3 + PRIOR_DOF)))
+    assert found.mean_gain_se == pytest.approx(float(variance(gains.mean(0))) ** 0.5)
+
+    def agreement(flips: tuple[int, ...]) -> float:
+        flipped = centred * np.array([1, *flips])
+        pairs = list(itertools.combinations(range(4), 2))
+        weights = [sizes[a] * sizes[b] for a, b in pairs]
+        return np.average([flipped[:, a] @ flipped[:, b] / 6 for a, b in pairs], weights=weights)
+
+    assert found.signal_var == pytest.approx(agreement((1, 1, 1)))
+    patterns = [agreement(flips) for flips in itertools.product([1, -1], repeat=3)]
+    assert found.p_signal == pytest.approx(np.mean(np.array(patterns) >= patterns[0] - 1e-12))
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_equal_folds_have_the_same_statistics_with_and_without_weights(folds: int):
+    gains = table(6, 9, folds, 1.0, 1.0)
+    plain, weighted = fold_statistics(gains, [4] * folds), fold_statistics(gains, [4] * folds, [0.5] * folds)
+    assert torch.allclose(plain.se, weighted.se, rtol=1e-12)
+    for name in ("signal_var", "p_signal", "mean_gain", "mean_gain_se"):
+        assert getattr(plain, name) == pytest.approx(getattr(weighted, name), rel=1e-12)
+
+
 def test_one_fold_has_no_uncertainty_and_two_can_only_agree_or_not():
     one = fold_statistics(table(1, 5, 1, 1.0, 1.0), [3])
     assert (one.se, one.signal_var, one.mean_gain_se, one.has_signal) == (None, None, None, False)

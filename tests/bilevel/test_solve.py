@@ -12,9 +12,10 @@ from scenes import INNER, QUIET, ROWS, noise, outer, run, scripted
 from torch import Tensor, nn
 
 from tiny import tiny_policy
-from u2a.bilevel.gains import Gains, Reached, compute_gains, split_preference
+from u2a.bilevel.gains import Gains, Reached, compute_gains
 from u2a.bilevel.objective import CustomObjective, objective_values
 from u2a.bilevel.outcome import random_weights
+from u2a.bilevel.outer_problem import split_preference
 from u2a.bilevel.select import Shrunken, alike, fold_statistics
 from u2a.bilevel.solve import _refined, n_to_select, score, solve
 from u2a.bilevel.weight import frank_wolfe_gap, refine, with_block

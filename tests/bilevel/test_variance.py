@@ -10,7 +10,8 @@ from small import small_policy
 from torch import Tensor
 
 from tiny import examples, pairs
-from u2a.bilevel.gains import OuterProblem, Reached, compute_gains, split_preference
+from u2a.bilevel.gains import Reached, compute_gains
+from u2a.bilevel.outer_problem import OuterProblem, split_preference
 from u2a.bilevel.select import spearman
 from u2a.bilevel.variance import clip_factors, cross_fold_variance, pooled, without_common
 from u2a.config import SolveSection, UnlearnSection

@@ -24,8 +24,9 @@ from tiny import examples, pairs, tiny_policy
 from u2a.bilevel import linsolve
 from u2a.bilevel.backward import _Taps
 from u2a.bilevel.curvature import HessianOperator
-from u2a.bilevel.gains import OuterProblem, Reached, compute_gains, split_preference
+from u2a.bilevel.gains import Reached, compute_gains
 from u2a.bilevel.linsolve import CG
+from u2a.bilevel.outer_problem import OuterProblem, split_preference
 from u2a.bilevel.select import Mean
 from u2a.bilevel.solve import score, solve
 from u2a.bilevel.weight import mirror_step

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tiny import examples, pairs, tiny_policy
-from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.linsolve import CG
 from u2a.bilevel.objective import CustomObjective
+from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.solve import score, solve
 from u2a.config import SolveSection, UnlearnSection
 from u2a.errors import ConfigError

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +14,13 @@ from u2a.bilevel.adjoint import Adjoint, InnerPoint
 from u2a.bilevel.candidates import CandidateLosses, in_several_processes
 from u2a.bilevel.fold_gradients import fold_gradients
 from u2a.bilevel.hypergrad import make_adjoint
-from u2a.bilevel.objective import DPO, NLL, Margin, Objective, ObjectiveGradient
+from u2a.bilevel.objective import ObjectiveGradient
+from u2a.bilevel.outer_problem import Folds, OuterProblem
 from u2a.bilevel.select import FoldStatistics, alike, fold_statistics, make_estimator, reliability
 from u2a.bilevel.variance import pooled, without_common
 from u2a.bilevel.vectors import dot, scaled, zeros_like
 from u2a.config import SolveSection
-from u2a.data import prompt_key
-from u2a.errors import ConfigError, DataError, NonFiniteError
+from u2a.errors import ConfigError, NonFiniteError
 from u2a.losses import SFT
 from u2a.modeling import Params, Policy
 from u2a.parts import Parts
@@ -29,129 +28,8 @@ from u2a.progress import Advance, Console
 from u2a.record import content_id
 from u2a.solution import ScoreRow, ScoreTable
 from u2a.tensor_tree import tensors_id
-from u2a.types import Pair, UnlearnResult
+from u2a.types import UnlearnResult
 from u2a.unlearn import InnerProblem, problem_id
-
-
-@dataclass(frozen=True)
-class OuterProblem:
-    """The outer problem: what aligned means, and how gains are computed.
-
-    Attributes:
-        preference: the PA pairs.
-        section: options of stage 3.
-        objective: J; None makes it from the section.
-        seed: seed of folds and random draws.
-        probe: measured after every inner run (mean reward of the policy's own answers), for the record; None: nothing.
-        clusters: cluster number of each candidate by id, for ``solve.clusters``; None where gains are not pooled.
-        checkpoints: directory where a search keeps what it has found, so that it goes on after a stop; None: nowhere.
-    """
-
-    preference: tuple[Pair, ...]
-    section: SolveSection = field(default_factory=SolveSection)
-    objective: Objective | None = None
-    seed: int = 0
-    probe: Callable[[Policy], float] | None = None
-    clusters: Mapping[str, int] | None = None
-    checkpoints: Path | None = None
-
-    @property
-    def inner_checkpoints(self) -> Path | None:
-        """Where inner runs keep their checkpoints."""
-        return None if self.checkpoints is None else self.checkpoints / "inner"
-
-    def clusters_of(self, inner: InnerProblem) -> list[int] | None:
-        """Return the cluster of each candidate.
-
-        Args:
-            inner: the candidates.
-
-        Returns:
-            Numbers in the order of ``inner.forget``, or None where gains are not pooled.
-
-        Raises:
-            ConfigError: ``solve.clusters`` is set and no clusters are given.
-        """
-        if self.section.clusters == 0:
-            return None
-        if self.clusters is None:
-            raise ConfigError("solve.clusters needs the clusters of the candidates (pass OuterProblem(clusters=...))")
-        return [self.clusters[row.id] for row in inner.forget]
-
-    def objective_value(self) -> Objective:
-        """Return J.
-
-        Returns:
-            The objective.
-
-        Raises:
-            ConfigError: ``solve.objective: reward`` without a value (it needs a reward model).
-        """
-        if self.objective is not None:
-            return self.objective
-        objectives: dict[str, Objective] = {
-            "margin": Margin(),
-            "summed_margin": Margin(per_token=False),
-            "dpo": DPO(self.section.dpo_beta),
-            "nll": NLL(),
-        }
-        if self.section.objective not in objectives:
-            raise ConfigError("solve.objective: reward needs a reward model (pass objective=ExpectedReward(...))")
-        return objectives[self.section.objective]
-
-
-@dataclass(frozen=True)
-class Folds:
-    """PA pairs split by prompt.
-
-    Attributes:
-        folds: pairs of each fold, none empty.
-        heldout: pairs kept for early stopping; may be empty.
-    """
-
-    folds: tuple[tuple[Pair, ...], ...]
-    heldout: tuple[Pair, ...]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Pairs per fold."""
-        return [len(fold) for fold in self.folds]
-
-    def merged(self) -> Folds:
-        """All pairs in one fold.
-
-        Returns:
-            The same held-out pairs, and one fold with the others.
-        """
-        return Folds((tuple(pair for fold in self.folds for pair in fold),), self.heldout)
-
-
-def split_preference(outer: OuterProblem) -> Folds:
-    """Split the PA pairs by prompt into held-out pairs and folds of nearly equal size.
-
-    Args:
-        outer: pairs, number of folds, held-out share and seed.
-
-    Returns:
-        The split; the same whatever the order of the pairs. With fewer prompts than folds there are fewer folds.
-
-    Raises:
-        DataError: no pairs.
-    """
-    if not outer.preference:
-        raise DataError("preference set: holds no pair (raise partition.preference_frac or set data.preferences)")
-    groups: dict[str, list[Pair]] = {}
-    for pair in sorted(outer.preference, key=lambda pair: pair.id):
-        groups.setdefault(prompt_key(pair.prompt), []).append(pair)
-    keys = sorted(groups, key=lambda key: content_id(str(outer.seed), "fold", key))
-    n_heldout = round(outer.section.heldout_frac * len(keys))
-    if len(keys) - n_heldout < 2:
-        n_heldout = 0
-    heldout = tuple(pair for key in keys[:n_heldout] for pair in groups[key])
-    rest = keys[n_heldout:]
-    count = min(outer.section.folds, len(rest))
-    folds = tuple(tuple(pair for key in rest[k::count] for pair in groups[key]) for k in range(count))
-    return Folds(folds, heldout)
 
 
 @dataclass(frozen=True)
@@ -228,9 +106,9 @@ def compute_gains(
     _check(found.values, losses.ids)
     columns = dict(zip(extra, found.values[:, len(parts) :].T, strict=True))
     gains = _projected(-found.values[:, : len(parts)], parts, extra, columns)
-    statistics, estimator = fold_statistics(gains, folds.sizes), make_estimator(section)
+    statistics, estimator = fold_statistics(gains, folds.sizes, folds.noise), make_estimator(section)
     clusters = outer.clusters_of(inner)  # pooling fits the folds: what tests and ranks their agreement is not pooled
-    ranked = statistics if clusters is None else fold_statistics(pooled(gains, clusters), folds.sizes)
+    ranked = statistics if clusters is None else fold_statistics(pooled(gains, clusters), folds.sizes, folds.noise)
     estimates = estimator.estimate(ranked)
     damage, plain = columns.get("retain"), ranked.gain
     if damage is not None:

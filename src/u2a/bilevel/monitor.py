@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from u2a.bilevel.gains import Folds
 from u2a.bilevel.objective import Objective, objective_values
+from u2a.bilevel.outer_problem import Folds
 from u2a.modeling import Policy
 from u2a.types import Pair
 

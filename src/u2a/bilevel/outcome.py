@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from u2a.bilevel.gains import Gains, OuterProblem
+from u2a.bilevel.gains import Gains
+from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.search_state import SearchState
 from u2a.record import derive_seed
 from u2a.solution import Round, Solution, WeightRow

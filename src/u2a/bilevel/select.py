@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from u2a.bilevel.variance import between
+from u2a.bilevel.variance import between, precise, variance_of_mean
 from u2a.config import SolveSection
 from u2a.solution import Reliability
 
@@ -62,16 +62,22 @@ class FoldStatistics:
         return self.signal_var > 0.0 and self.p_signal <= max(LEVEL, 0.5 ** (self.n_folds - 1))
 
 
-def fold_statistics(fold_gains: Tensor, fold_sizes: Sequence[int]) -> FoldStatistics:
+def fold_statistics(
+    fold_gains: Tensor, fold_sizes: Sequence[int], noise: Sequence[float] | None = None
+) -> FoldStatistics:
     """Summarise gains over folds.
+
+    The gain is that of J, the mean over all pairs, so it weights folds by their pairs, and so do its errors. Folds that
+    differ by one pair at most, as those of prompts with one pair each do, are taken as alike.
 
     Args:
         fold_gains: (candidates, folds) gain under each fold's pairs.
         fold_sizes: pairs per fold.
+        noise: variance of each fold's noise, up to a common factor; None: one over its pairs.
 
     Returns:
         The statistics. The signal variance is the mean covariance of the centred gains between different folds,
-        which is unbiased because folds share no prompt.
+        which is unbiased because folds share no prompt; folds with less noise count for more.
     """
     sizes = torch.tensor(fold_sizes, dtype=torch.float64)
     gain = fold_gains @ (sizes / sizes.sum())
@@ -80,11 +86,17 @@ def fold_statistics(fold_gains: Tensor, fold_sizes: Sequence[int]) -> FoldStatis
     if folds < 2:
         return FoldStatistics(gain, None, None, None, mean_gain, None)
     centred = fold_gains - fold_gains.mean(0, keepdim=True)
-    own = centred.var(1, correction=1) / folds
-    se = (((folds - 1) * own + PRIOR_DOF * own.mean()) / (folds - 1 + PRIOR_DOF)).sqrt()
     covariance = centred.T @ centred / max(1, n - 1)
-    mean_se = float(fold_gains.mean(0).std(correction=1)) / math.sqrt(folds)
-    return FoldStatistics(gain, se, between(covariance), sign_flip_p(covariance), mean_gain, mean_se, folds)
+    if noise is None and max(fold_sizes) - min(fold_sizes) <= 1:
+        own, agreement = centred.var(1, correction=1) / folds, covariance
+        mean_se = float(fold_gains.mean(0).std(correction=1)) / math.sqrt(folds)
+    else:
+        variances = 1.0 / sizes if noise is None else torch.tensor(noise, dtype=torch.float64)
+        own = variance_of_mean(centred, sizes / sizes.sum(), variances)
+        agreement = precise(covariance, variances)
+        mean_se = float(variance_of_mean(fold_gains.mean(0, keepdim=True), sizes / sizes.sum(), variances).sqrt())
+    se = (((folds - 1) * own + PRIOR_DOF * own.mean()) / (folds - 1 + PRIOR_DOF)).sqrt()
+    return FoldStatistics(gain, se, between(agreement), sign_flip_p(agreement), mean_gain, mean_se, folds)
 
 
 def sign_flip_p(covariance: Tensor, most: int = 4096) -> float:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from u2a.bilevel.gains import Folds, Gains, OuterProblem, Reached, compute_gains, search_id, split_preference
+from u2a.bilevel.gains import Gains, Reached, compute_gains, search_id
 from u2a.bilevel.hypergrad import make_refining_adjoint
 from u2a.bilevel.monitor import Monitor
 from u2a.bilevel.outcome import fallback_solution, solution_of
+from u2a.bilevel.outer_problem import Folds, OuterProblem, split_preference
 from u2a.bilevel.search_state import SearchState, load_state, save_state
 from u2a.bilevel.select import alike, decide, top_block
 from u2a.bilevel.unrolled import Unrolled

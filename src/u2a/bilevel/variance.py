@@ -39,6 +39,46 @@ def between(covariance: Tensor) -> float:
     return float((covariance.sum() - covariance.trace()) / (folds * (folds - 1)))
 
 
+def variance_of_mean(fold_values: Tensor, shares: Tensor, variances: Tensor) -> Tensor:
+    """Estimate the variance of a weighted mean over independent folds whose variances are known up to a factor.
+
+    s^2 sum_k w_k^2 v_k, where s^2 = sum_k (x_k - m)^2 / v_k / (K - 1) and m is the mean under weights 1 / v_k. For
+    equal folds that is the sample variance over K. A sum of w_k^2 (x_k - x)^2 would not do: a fold that makes up most
+    of the mean x lies next to it, however noisy it is.
+
+    Args:
+        fold_values: (n, folds) values x, at least two folds.
+        shares: (folds,) weights w, summing to 1.
+        variances: (folds,) relative variances v, > 0.
+
+    Returns:
+        (n,) estimates, unbiased.
+
+    >>> equal = torch.full((4,), 0.25)
+    >>> round(float(variance_of_mean(torch.tensor([[1.0, 2.0, 3.0, 6.0]]), equal, equal)) * 4 * 3, 4)
+    14.0
+    """
+    precision = 1.0 / variances
+    centre = fold_values @ precision / precision.sum()
+    scale = (fold_values - centre[:, None]).square() @ precision / (len(variances) - 1)
+    return scale * (shares.square() @ variances)
+
+
+def precise(covariance: Tensor, variances: Tensor) -> Tensor:
+    """Weight a covariance matrix so that :func:`between` becomes its mean under weights 1 / (v_j v_k).
+
+    Args:
+        covariance: (folds, folds), at least two folds.
+        variances: (folds,) relative variances v of the folds, > 0.
+
+    Returns:
+        (folds, folds), unchanged for equal folds.
+    """
+    precision = 1.0 / variances
+    weights = precision[:, None] * precision[None, :]
+    return covariance * weights / between(weights)
+
+
 def without_common(fold_gains: Tensor, common: Tensor, shares: Tensor) -> Tensor:
     """Gains under grad J without its component along the mean negative gradient, at their old mean.
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from pydantic import ValidationError
 from transformers import PrinterCallback
 
-from u2a.bilevel.gains import OuterProblem
 from u2a.bilevel.outcome import random_weights
+from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.solve import n_to_select, score, solve
 from u2a.config import UnlearnSection
 from u2a.errors import ConfigError

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from u2a.arms import NOT_UNLEARNED, SOLUTION_ARM, arms_of, control_weights
-from u2a.bilevel.gains import OuterProblem, split_preference
 from u2a.bilevel.objective import Item, item_batches
+from u2a.bilevel.outer_problem import OuterProblem, split_preference
 from u2a.bilevel.solve import n_to_select
 from u2a.config import RewardSection, RunConfig
 from u2a.encoding import Encoded, Encoder, token_batches
