@@ -581,3 +581,22 @@ def test_scores_cut_under_one_token_budget_go_on_under_another(
         scored(tmp_path, first)
     assert scored(tmp_path, second) == pytest.approx(wanted, rel=2e-2, abs=1e-4)
     assert all(wanted)
+
+
+def test_a_search_kept_in_a_folder_is_that_of_its_model_and_chat_template(tmp_path: Path) -> None:
+    """Two searches through the Python interface with one folder: the second one must not be given the first one's."""
+
+    def chosen(policy: Policy, folder: Path | None) -> str:
+        outer = outer_problem(folder, final_refine=False)
+        return timeless(solve(InnerSolver(policy), inner_problem(), outer, Console(quiet=True)))
+
+    def templated() -> Policy:
+        policy = tiny_policy()
+        policy.encoder.tokenizer.chat_template = policy.encoder.tokenizer.chat_template.replace("\n", " ")
+        return policy
+
+    first = chosen(tiny_policy(), tmp_path)
+    for other in (lambda: tiny_policy(seed=1), templated):
+        alone = chosen(other(), None)
+        assert chosen(other(), tmp_path) == alone != first
+    assert chosen(templated(), tmp_path) == alone  # its own state is still taken

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from u2a.errors import DataError, ModelError
-from u2a.record import one_line
+from u2a.record import content_id, one_line
 from u2a.types import Example, Message, Pair, Partition
 
 if TYPE_CHECKING:
@@ -98,6 +98,12 @@ class Encoder:
         self.end_ids = frozenset({end, *end_ids})
         self.pad_id = pad if isinstance(pad, int) else end
         self._known: dict[tuple[tuple[Message, ...], str], Encoded] = {}
+
+    @property
+    def identity(self) -> str:
+        """Content id of how texts become tokens: the chat template, and the tokens of a sentence."""
+        tokens = self.tokenizer("A few words, 12 numbers (and so on).\n")["input_ids"]
+        return content_id(str(self.tokenizer.chat_template), str(tokens))
 
     def prompt_text(self, prompt: Sequence[Message]) -> str:
         """Render a prompt up to and including the generation prompt.

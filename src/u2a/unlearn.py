@@ -322,9 +322,9 @@ def run_id(policy: Policy, problem: InnerProblem, rows: tuple[Example, ...]) -> 
         rows: candidates that carry their weights.
 
     Returns:
-        The id; another model, adapter or longest sequence has another one.
+        The id; another model, adapter, chat template or longest sequence has another one.
     """
-    return content_id(policy.identity, problem_id(problem, rows))
+    return content_id(policy.identity, policy.encoder.identity, problem_id(problem, rows))
 
 
 def _unsaved(problem: InnerProblem) -> InnerProblem:

@@ -29,7 +29,7 @@ from u2a.record import content_id
 from u2a.solution import ScoreRow, ScoreTable
 from u2a.tensor_tree import tensors_id
 from u2a.types import UnlearnResult
-from u2a.unlearn import InnerProblem, problem_id
+from u2a.unlearn import InnerProblem, run_id
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,8 @@ def _parts(policy: Policy, inner: InnerProblem, outer: OuterProblem, folds: Fold
         return Parts()
     pairs = [[pair.id for pair in fold] for fold in (*folds.folds, folds.heldout)]
     document = [
-        policy.identity,
         tensors_id(policy.trainable()),
-        search_id(inner, outer),
+        search_id(policy, inner, outer),
         pairs,
         dict(reached.weights),
         _LAYOUT,
@@ -152,10 +151,11 @@ def _parts(policy: Policy, inner: InnerProblem, outer: OuterProblem, folds: Fold
     return Parts(outer.checkpoints / "parts", content_id(json.dumps(document, sort_keys=True)))
 
 
-def search_id(inner: InnerProblem, outer: OuterProblem) -> str:
-    """Content id of candidates, preference pairs and options.
+def search_id(policy: Policy, inner: InnerProblem, outer: OuterProblem) -> str:
+    """Content id of the policy at theta_0, candidates, preference pairs and options.
 
     Args:
+        policy: the policy.
         inner: candidates and inner options.
         outer: preference pairs and outer options.
 
@@ -165,9 +165,8 @@ def search_id(inner: InnerProblem, outer: OuterProblem) -> str:
     pairs = content_id(*(pair.model_dump_json() for pair in outer.preference))
     clusters = json.dumps(outer.clusters_of(inner))
     section = outer.section.model_dump_json()
-    return content_id(
-        problem_id(inner, inner.forget), pairs, clusters, section, outer.objective_value().name, str(outer.seed)
-    )
+    options = (clusters, section, outer.objective_value().name, str(outer.seed))
+    return content_id(run_id(policy, inner, inner.forget), pairs, *options)
 
 
 def _extra_gradients(

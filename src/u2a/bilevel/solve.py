@@ -212,7 +212,7 @@ class _Search:
     @property
     def id(self) -> str:
         """Hash of what the search depends on."""
-        return search_id(self.inner, self.outer)
+        return search_id(self.solver.policy, self.inner, self.outer)
 
     @property
     def judges(self) -> bool:
