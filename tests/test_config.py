@@ -119,6 +119,7 @@ def test_truth_values_and_numbers_are_not_exchanged(text: str) -> None:
         (["model.load_in_4bit=true", "model.adapter.enabled=false"], "load_in_4bit conflicts with model.adapter"),
         (["model.dtype=bfloat16", "model.adapter.enabled=false"], "dtype: bfloat16 conflicts with model.adapter"),
         (["unlearn.retain_term=kl", "model.adapter.enabled=false"], "retain_term: kl conflicts with model.adapter"),
+        (["solve.scorer=backward", "model.adapter.enabled=false"], "scorer: backward conflicts with model.adapter"),
         (["solve.objective=reward", "reward.model=none"], "objective: reward conflicts with reward.model: none"),
         (["evaluation.controls=[lowest_reward_k]", "reward.model=none"], "lowest_reward_k conflicts with reward.model"),
         (["evaluation.controls=[retrain]"], "retrain conflicts with finetune"),

@@ -15,7 +15,8 @@ from u2a.config import DataSection, FieldMap, PartitionSection, RunConfig
 from u2a.data import example_id, pair_id, prompt_key
 from u2a.early_checks import check_reward_pairs
 from u2a.errors import ConfigError, DataError
-from u2a.partition import SETS, Inputs, build_partition, describe, partition, shortages
+from u2a.partition import SETS, Inputs, build_partition, describe, partition
+from u2a.shortages import shortages
 from u2a.types import Example, Message, Pair, Partition
 
 SHARED = Path(os.environ.get("U2A_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -349,6 +350,11 @@ def changed(**sections) -> RunConfig:
         ({"forget": ()}, {}, "forget: no candidates (set data.forget"),
         ({"evaluation": ()}, {}, "evaluation: no pairs (set data.evaluation"),
         ({"retain": ()}, {}, "retain: no rows, unlearn.retain_term=nll needs"),
+        (
+            {"retain": ()},
+            {"solve": {"damage_weight": 0.5}, "unlearn": {"retain_term": "none"}},
+            "retain: no rows, solve.damage_weight=0.5 needs",
+        ),
         ({"reward": ()}, {}, "reward: 0 prompts with pairs, reward.model and reward.eval_model each"),
         ({"reward": (pair("s"),)}, {}, "reward: 1 prompts"),
         ({"reward": ()}, {"reward": {"model": "none"}}, "reward: 0 prompts with pairs, reward.eval_model each"),

@@ -385,7 +385,7 @@ def _score(options: argparse.Namespace) -> None:
     from u2a.config_file import load_config
 
     config = load_config(None, options.overrides, options.preset)
-    from u2a.run import score_files
+    from u2a.score_files import score_files
 
     hush_libraries()
     given = {"forget": options.forget, "preferences": options.prefs, "retain": options.retain}

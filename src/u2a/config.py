@@ -329,6 +329,10 @@ class RunConfig(Section):
                 "unlearn.retain_term: kl conflicts with model.adapter.enabled: false "
                 "(its reference is the disabled adapter)"
             )
+        if self.solve.scorer == "backward" and not self.model.adapter.enabled:
+            problems.append(
+                "solve.scorer: backward conflicts with model.adapter.enabled: false (it reads LoRA layers; set auto)"
+            )
         if self.solve.objective == "reward" and self.reward.model == "none":
             problems.append("solve.objective: reward conflicts with reward.model: none (set a reward model)")
         if "lowest_reward_k" in self.evaluation.controls and self.reward.model == "none":

@@ -100,6 +100,7 @@ def check_named_models(config: RunConfig) -> None:
         ModelError: a package that is not installed, a name without a configuration, or a folder without a head.
     """
     reward = config.reward
+    check_cluster_embedder(config)
     named = {
         "reward.name_or_path": (reward.model, reward.name_or_path),
         "reward.eval_name_or_path": (reward.eval_model, reward.eval_name_or_path),
@@ -108,13 +109,31 @@ def check_named_models(config: RunConfig) -> None:
     }
     for option, (kind, name) in named.items():
         if name and kind not in ("none", "implicit"):
-            try:
-                _check_named(kind, name)
-            except ModelError as error:
-                raise ModelError(f"{option}: {error}") from None
+            _check_named(option, kind, name)
 
 
-def _check_named(kind: str, name: str) -> None:
+def check_cluster_embedder(config: RunConfig) -> None:
+    """Refuse the name of an embedder for clusters of candidates behind which there is no model.
+
+    Args:
+        config: options.
+
+    Raises:
+        ModelError: as for :func:`check_named_models`.
+    """
+    if config.solve.clusters:
+        _check_named("solve.cluster_embedder", "embedding", config.solve.cluster_embedder)
+
+
+def _check_named(option: str, kind: str, name: str) -> None:
+    """Refuse a name, with its option."""
+    try:
+        _refuse_nameless(kind, name)
+    except ModelError as error:
+        raise ModelError(f"{option}: {error}") from None
+
+
+def _refuse_nameless(kind: str, name: str) -> None:
     if kind == "head":  # a folder of u2a reward train, with the name of the model that the head reads
         refuse_no_head(name)
         name = load_head(name)[1].name_or_path

@@ -118,6 +118,9 @@ class LockedError(U2AError):
     exit_status = 3
 
 
+KEPT = "what was saved before is kept, and the same command goes on from there once this can be written"
+
+
 class WriteError(U2AError):
     """A file cannot be written: the disk is full, the directory read-only, the device broken.
 
@@ -126,14 +129,17 @@ class WriteError(U2AError):
     Args:
         path: the file or directory.
         reason: what the system said.
+        outcome: what that means, and what to do.
     """
 
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        reason: str,
+        outcome: str = KEPT,
+    ) -> None:
         self.path, self.reason = Path(path), reason
-        super().__init__(
-            f"{path}: cannot be written: {reason} ({free_bytes_text(self.path)}); what was saved before is kept, and "
-            "the same command goes on from there once this can be written"
-        )
+        super().__init__(f"{path}: cannot be written: {reason} ({free_bytes_text(self.path)}); {outcome}")
 
 
 class Stopped(U2AError):

@@ -1,8 +1,9 @@
 """Stage 1: from the user's sources to the disjoint sets of a run.
 
 Pairs are cut by the hash of their prompt, so all rows of a prompt fall into one set, the order of rows does
-not matter, and a prompt stays where it is when rows are added or another set's share changes. Every row ends
-in exactly one set or is counted in ``Partition.dropped``.
+not matter, and a prompt stays where it is when rows are added. Another share moves prompts between the sets; only
+the evaluation set, which is cut first, keeps its prompts as long as its part of the sum of shares is the same. Every
+row ends in exactly one set or is counted in ``Partition.dropped``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from u2a.contradictions import answer_key
 from u2a.data import Source, example_id, fold, parse_examples, parse_pairs, prompt_key, read_rows
 from u2a.errors import ConfigError, DataError
 from u2a.record import content_id
+from u2a.shortages import count_prompts, shortages
 from u2a.types import Example, Leak, Pair, Partition
 
 Row = Pair | Example
 
-TRAINED = ("embedding", "language_model")  # reward models whose head is fitted on the run's own pairs
 SETS = ("finetune", "forget", "retain", "preference", "reward", "evaluation")
 CUT = ("evaluation", "preference", "reward", "forget", "finetune")  # evaluation first: it moves with no other share
 SOURCES = {"preferences": "preference"}  # options of `data` named otherwise than their set
@@ -329,51 +330,7 @@ def _overlaps(sets: Mapping[str, list[_Item]]) -> Iterator[_Overlap]:
             yield _Overlap(first, second, "text", [item.row for item in in_text])
 
 
-# --- checks and words ---------------------------------------------------------------------------
-
-
-def shortages(result: Partition, config: RunConfig) -> list[str]:
-    """Say what the run's options need and the partition lacks, before any model is loaded.
-
-    Args:
-        result: the partition.
-        config: options of the run.
-
-    Returns:
-        One sentence with a remedy per shortage; empty when the run can start.
-    """
-    solve, unlearn, reward = config.solve, config.unlearn, config.reward
-    problems = []
-    if not result.preference:
-        problems.append("preference: no pairs (set data.preferences, or data.pairs with partition.preference_frac > 0)")
-    elif (prompts := _prompts(result.preference)) < (needed := solve.folds + (solve.heldout_frac > 0)):
-        held = " and the held-out share" if solve.heldout_frac > 0 else ""
-        problems.append(
-            f"preference: {prompts} prompts, {needed} needed for solve.folds={solve.folds}{held} "
-            "(give more pairs, or lower solve.folds)"
-        )
-    if not result.forget:
-        problems.append("forget: no candidates (set data.forget, or data.pairs with partition.forget_frac > 0)")
-    elif solve.n_selected is not None and solve.n_selected > (left := reward.n_kept(len(result.forget))):
-        problems.append(
-            f"solve.n_selected: {solve.n_selected} is more than the {left} candidates "
-            f"(set at most {left}, or give more negatives)"
-        )
-    if not result.evaluation:
-        problems.append("evaluation: no pairs (set data.evaluation, or data.pairs with partition.evaluation_frac > 0)")
-    if not result.retain and unlearn.retain_term in ("nll", "kl"):
-        problems.append(f"retain: no rows, unlearn.retain_term={unlearn.retain_term} needs them (set data.retain)")
-    heads = ["reward.model"] if reward.model in ("embedding", "language_model", "implicit") else []
-    evaluating = [f"reward.{name}" for name in ("eval_model", "second_model") if getattr(reward, name) in TRAINED]
-    heads += [" with ".join(evaluating)] if evaluating else []
-    if heads and (prompts := _prompts(result.reward)) < len(heads):
-        problems.append(
-            f"reward: {prompts} prompts with pairs, {' and '.join(heads)} each train a head on their own "
-            "(set data.reward, or data.pairs with partition.reward_frac > 0, or choose none)"
-        )
-    if config.finetune.enabled and not result.finetune:
-        problems.append("finetune: no pairs (set data.finetune, or data.pairs with partition.finetune_frac > 0)")
-    return problems
+# --- words ---------------------------------------------------------------------------------------
 
 
 def describe(result: Partition) -> list[str]:
@@ -386,10 +343,17 @@ def describe(result: Partition) -> list[str]:
         Lines: size of every set in rows and prompts, and rows left out by reason.
     """
     sets = ((name, getattr(result, name)) for name in SETS)
-    lines = [f"{name:<11}{len(rows):>7} rows {_prompts(rows):>7} prompts" for name, rows in sets]
-    left_out = (f"left out: {count} rows, {reason}" for reason, count in result.dropped.items())
-    return [*lines, *left_out, f"fingerprint {result.fingerprint}"]
+    lines = [f"{name:<11}{len(rows):>7} rows {count_prompts(rows):>7} prompts" for name, rows in sets]
+    return [*lines, *left_out(result), f"fingerprint {result.fingerprint}"]
 
 
-def _prompts(rows: Sequence[Row]) -> int:
-    return len({prompt_key(row.prompt) for row in rows})
+def left_out(result: Partition) -> list[str]:
+    """Say which rows stand in no set.
+
+    Args:
+        result: the partition.
+
+    Returns:
+        One line per reason.
+    """
+    return [f"left out: {count} rows, {reason}" for reason, count in result.dropped.items()]

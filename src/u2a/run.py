@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from u2a.arms import arms_of
 from u2a.artifacts import save_model, save_result, write_run_yaml, write_summary
 from u2a.batch_size import memory_for, told_to
-from u2a.bilevel.outer_problem import OuterProblem
-from u2a.bilevel.solve import score
 from u2a.candidates_csv import write_candidates
 from u2a.checkpoint import delete, refuse_foreign_directory, refuse_foreign_files
 from u2a.config import PartitionSection, RunConfig
@@ -24,22 +21,19 @@ from u2a.console import evaluation_table, reliability_text, samples_text, select
 from u2a.content_hash import content_hash
 from u2a.data import Source
 from u2a.early_checks import check_relearning
-from u2a.encoding import Encoder, count_truncated
 from u2a.errors import ConfigError, ModelError, Stopped
 from u2a.evaluation_stage import EvaluationStage
-from u2a.model_loading import load_model, load_tokenizer, pick_device
+from u2a.model_loading import pick_device
 from u2a.modeling import Policy
-from u2a.partition import build_partition, read_inputs
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
-from u2a.record import derive_seed, sweep, write_whole
+from u2a.record import sweep, write_whole
 from u2a.report import write_report
-from u2a.reward.cluster import candidate_clusters
 from u2a.robustness.table import markdown as robustness_markdown
 from u2a.run_lock import locked
 from u2a.run_records import RunRecords
+from u2a.shortages import without_retain_rows
 from u2a.solution import ScoreTable, Solution
-from u2a.unlearn import InnerProblem
 
 
 @dataclass(frozen=True)
@@ -153,8 +147,8 @@ def align(
     config = config or RunConfig()
     if "partition" not in config.model_fields_set:
         config = config.model_copy(update={"partition": _shares(forget is not None)})
-    if retain is None and config.data.retain is None and config.unlearn.retain_term in ("nll", "kl"):
-        config = config.model_copy(update={"unlearn": config.unlearn.model_copy(update={"retain_term": "none"})})
+    if retain is None and config.data.retain is None:
+        config = config.model_copy(update={"unlearn": without_retain_rows(config.unlearn, "give `retain`")})
     given = {"pairs": preferences, "forget": forget, "retain": retain}
     paths = {name: str(source) for name, source in given.items() if isinstance(source, str | Path)}  # kept in run.yaml
     sources = {name: source for name, source in given.items() if source is not None and name not in paths}
@@ -301,55 +295,3 @@ def _one_stage(pipeline: Pipeline, stage: str) -> None:
         save_result(pipeline)  # its card has the results now
         console.result(evaluation_table(table))
         console.result(f"Verdict: {table.verdict}")
-
-
-def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConfig, console: Console) -> Path:
-    """Only answer which negatives matter: score them and write one JSON line per negative, best first.
-
-    Args:
-        model: hub id, directory, or ``package:NAME``.
-        files: paths by name of the option in ``data``: ``forget``, ``preferences``, and optionally ``retain``.
-        out: the JSONL file.
-        config: further options.
-        console: progress.
-
-    Returns:
-        ``out``.
-
-    Raises:
-        ConfigError: no usable pair or negative. Any other :class:`~u2a.errors.U2AError` passes through.
-    """
-    retain_term = config.unlearn.retain_term if files.get("retain") else "none"
-    unlearn = config.unlearn.model_copy(update={"retain_term": retain_term})
-    inputs = read_inputs(config.data, dict(files))
-    sets = build_partition(inputs, config.partition, config.seed, config.data.allow_leak)
-    if not sets.preference or not sets.forget:
-        raise ConfigError("score: the files hold no usable preference pair or no usable negative")
-    section = config.model.model_copy(update={"name_or_path": model})
-    tokenizer = load_tokenizer(section)
-    seed = derive_seed(config.seed, "unlearn")
-    inner = InnerProblem(sets.forget, sets.retain, (), unlearn, config.guard, seed)
-    solve_seed = derive_seed(config.seed, "solve")
-    clusters = candidate_clusters(config.solve, sets.forget, solve_seed)
-    outer = OuterProblem(sets.preference, config.solve, None, solve_seed, None, clusters)
-    n_cut = count_truncated(sets, Encoder(tokenizer, config.data.max_length))
-    console.say(
-        f"{len(sets.forget)} negatives, {len(sets.preference)} pairs; {n_cut} answers cut off at data.max_length"
-    )
-    policy = Policy(
-        load_model(section), tokenizer, section.adapter, config.data.max_length, config.token_budget, config.seed
-    )
-    table = score(policy, inner, outer, console)
-    by_id = {row.id: row for row in sets.forget}
-    lines = []
-    for row in sorted(table.rows, key=lambda row: (-row.estimate, row.id)):
-        example = by_id[row.id]
-        document = row.model_dump(mode="json") | {
-            "prompt": example.prompt[-1].content,
-            "completion": example.completion,
-        }
-        lines.append(json.dumps(document, ensure_ascii=False, allow_nan=False))
-    write_whole(out, "\n".join(lines) + "\n")
-    console.result(reliability_text(table.reliability))
-    console.result(f"{len(lines)} scores: {out}")
-    return out

@@ -21,6 +21,7 @@ from u2a.checkpoint import verify
 from u2a.cli import main
 from u2a.config import RunConfig
 from u2a.config_file import load_config
+from u2a.errors import ConfigError
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
 from u2a.record import Record
@@ -571,12 +572,23 @@ def test_align_with_candidates_of_the_callers_own_cuts_none_from_the_pairs(tiny_
     assert written.data.forget == str(tiny_files / "negatives.jsonl") and result.weights is not None
 
 
+def test_align_without_retain_rows_says_what_grad_diff_needs(tiny_files: Path, tmp_path: Path) -> None:
+    import u2a
+
+    files = {"forget": tiny_files / "negatives.jsonl", "preferences": tiny_files / "pairs.jsonl"}
+    config = RunConfig.model_validate({"output_dir": str(tmp_path / "run"), "unlearn": {"loss": "grad_diff"}})
+    with pytest.raises(ConfigError, match="grad_diff needs retain rows .give `retain`"):
+        u2a.align("no-such-model", **files, config=config, console=Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"reward": {"eval_model": "embedding", "eval_name_or_path": "package:no_such"}}, "reward.eval_name_or_path"),
         ({"reward": {"model": "none", "eval_model": "language_model", "eval_name_or_path": "nowhere/x"}}, "nowhere/x"),
         ({"model": {"name_or_path": "m", "device": "cuda:1"}}, "CUDA_VISIBLE_DEVICES=1"),
+        ({"solve": {"clusters": 2, "cluster_embedder": "package:no_such"}}, "solve.cluster_embedder: package:no_such"),
     ],
 )
 def test_what_would_end_a_run_late_ends_it_early(

@@ -13,6 +13,7 @@ from u2a.data import prompt_key
 from u2a.errors import ConfigError, DataError
 from u2a.modeling import Policy
 from u2a.record import content_id
+from u2a.shortages import n_heldout
 from u2a.types import Pair
 from u2a.unlearn import InnerProblem
 
@@ -142,11 +143,9 @@ def split_preference(outer: OuterProblem) -> Folds:
     for pair in sorted(outer.preference, key=lambda pair: pair.id):
         groups.setdefault(prompt_key(pair.prompt), []).append(pair)
     keys = sorted(groups, key=lambda key: content_id(str(outer.seed), "fold", key))
-    n_heldout = round(outer.section.heldout_frac * len(keys))
-    if len(keys) - n_heldout < 2:
-        n_heldout = 0
-    heldout = tuple(pair for key in keys[:n_heldout] for pair in groups[key])
-    rest = keys[n_heldout:]
+    held = n_heldout(outer.section, len(keys))
+    heldout = tuple(pair for key in keys[:held] for pair in groups[key])
+    rest = keys[held:]
     count = min(outer.section.folds, len(rest))
     folds: list[list[Pair]] = [[] for _ in range(count)]
     for key in sorted(rest, key=lambda key: -len(groups[key])):
