@@ -38,9 +38,9 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded before the data were checked")
 
-    for module in ("u2a.pipeline", "u2a.run"):
+    for module in ("u2a.pipeline", "u2a.score_files"):
         monkeypatch.setattr(import_module(module), "load_model", never)
-    monkeypatch.setattr("u2a.run.load_tokenizer", never, raising=False)
+    monkeypatch.setattr("u2a.score_files.load_tokenizer", never, raising=False)
     monkeypatch.setattr("u2a.pipeline.load_tokenizer", lambda _: tiny_tokenizer())
 
 
