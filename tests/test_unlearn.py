@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from inner_oracle import dense_losses, encode_all, flat, relative
 from tiny import examples, pairs, tiny_policy
 from u2a.config import GuardSection, UnlearnSection
-from u2a.errors import ConfigError, NonFiniteError
+from u2a.errors import ConfigError, DataError, NonFiniteError
 from u2a.modeling import Params, Policy
 from u2a.types import Example, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver, unlearn, weighted_rows
@@ -271,3 +271,9 @@ def test_checkpoints_of_another_model_are_not_taken(tmp_path: Path) -> None:
     assert len({folder.name for folder in tmp_path.iterdir()}) == 2
     solved(short, tmp_path)
     assert len({folder.name for folder in tmp_path.iterdir()}) == 3
+
+
+def test_candidates_that_weights_cannot_tell_apart_are_refused() -> None:
+    rows = examples(4)
+    with pytest.raises(DataError, match=rf"forget: 2 ids stand more than once, such as '{rows[0].id}' .remove"):
+        InnerProblem((*rows, rows[0], rows[0], rows[2]))

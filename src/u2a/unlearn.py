@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 from u2a.callbacks import StepReporter
 from u2a.checkpoint import newest_whole
 from u2a.config import GuardSection, UnlearnSection
-from u2a.errors import ConfigError
+from u2a.errors import ConfigError, DataError
 from u2a.guard import CollapseGuard, GuardResult
 from u2a.losses import UnlearningLoss, make_loss
 from u2a.modeling import Params, Policy
@@ -42,6 +43,9 @@ class InnerProblem:
         section: loss, retain term and optimiser.
         guard: the guard's options.
         seed: seed of the order of samples.
+
+    Raises:
+        DataError: candidates with one id, which weights could not tell apart.
     """
 
     forget: tuple[Example, ...]
@@ -50,6 +54,15 @@ class InnerProblem:
     section: UnlearnSection = field(default_factory=UnlearnSection)
     guard: GuardSection = field(default_factory=GuardSection)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse repeated candidates."""
+        repeated = [name for name, count in Counter(row.id for row in self.forget).items() if count > 1]
+        if repeated:
+            raise DataError(
+                f"forget: {len(repeated)} ids stand more than once, such as {repeated[0]!r} "
+                "(remove repeated rows, as u2a.partition does)"
+            )
 
     @property
     def loss(self) -> UnlearningLoss:
