@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from u2a.config import DataSection, FieldMap
-from u2a.data import fold, prompt_key, read_examples, read_pairs, read_rows, to_dataset
+from u2a.data import prompt_key, read_examples, read_pairs, read_rows, to_dataset
 from u2a.errors import DataError
+from u2a.folding import fold
 from u2a.types import Example, Message
 
 SECTION = DataSection()

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from planted_overlaps import ENDS, KINDS, planted
 from tiny import END, ask, examples, pairs, save_tiny, tiny_tokenizer
 from u2a.config import ModelSection
-from u2a.data import example_id, fold, pair_id, prompt_key
+from u2a.data import example_id, pair_id, prompt_key
 from u2a.diagnosis import Diagnosis
 from u2a.doctor import examine, examine_sets
 from u2a.encoding import Encoder
 from u2a.errors import DataError, ModelError
+from u2a.folding import fold
 from u2a.model_loading import load_tokenizer
 from u2a.near_duplicates import alike, fingerprint, near_labels
 from u2a.token_checks import PROBE

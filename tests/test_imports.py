@@ -32,6 +32,7 @@ LAYERS = (
     {"parts"},
     {"diagnosis"},
     {"jsonl_cache"},
+    {"folding"},
     {"types"},
     {"card_words"},
     {"solution"},

@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
@@ -452,3 +453,11 @@ def test_parts_of_the_retain_rows_share_no_prompt(answers: int):
     assert sum(map(len, (parts.train, parts.guard, parts.evaluation))) == len(rows)
     few = Partition(retain=rows[: 4 * answers]).retain_parts()
     assert few.train == few.guard == few.evaluation
+
+
+def test_parts_of_the_retain_rows_share_no_prompt_in_another_unicode_form():
+    asked = ["Où est le café?", "Qué es el año?", "Wie heißt Ärger?", "Naïve ideas?", "Crème brûlée?", "São Paulo?"]
+    rows = tuple(example(normalize(form, text), form) for text in asked for form in ("NFC", "NFD"))
+    parts = Partition(retain=rows).retain_parts()
+    sets = [{prompt_key(row.prompt) for row in part} for part in (parts.train, parts.guard, parts.evaluation)]
+    assert all(sets) and not any(a & b for a, b in combinations(sets, 2))

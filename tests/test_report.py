@@ -14,12 +14,14 @@ import pytest
 import yaml
 
 from fake_records import empty_records, fake_partition, fake_records, fake_reliability
+from tiny import examples
 from u2a import report
 from u2a.console import interval, metric_scale, number
 from u2a.errors import RecordError
 from u2a.record import Record
 from u2a.report import RunRecords, render_report, write_report
 from u2a.run_records import candidates, cautions, flattened, option_rows, what_was_done
+from u2a.types import Partition
 
 EVIL = "</td></style></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}{% raw %}javascript:"
 VOID = {"meta", "input", "br", "wbr"}
@@ -240,6 +242,15 @@ def test_cautions_name_what_went_wrong() -> None:
     assert "2 rows of retain stand in preference too" in found
     assert "1 of 2 linear solves" in found
     assert cautions(empty_records()) == []
+
+
+@pytest.mark.parametrize(("prompts", "own", "said"), [(4, 0, True), (5, 0, False), (4, 3, False)])
+def test_retain_rows_on_few_prompts_are_said_to_do_everything(prompts: int, own: int, said: bool) -> None:
+    rows = tuple(row.model_copy(update={"id": f"{k}-{row.id}"}) for row in examples(prompts) for k in range(50))
+    records = replace(empty_records(), partition=Partition(retain=rows, retain_measured=examples(own, start=40)))
+    parts = records.partition.retain_parts()
+    assert (parts.train == parts.guard == parts.evaluation) == said
+    assert ("the same ones train, guard and evaluate" in " ".join(cautions(records))) == said
 
 
 def test_what_was_done_counts_from_the_records() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from u2a.data import fold
+from u2a.folding import fold
 from u2a.record import content_id
 from u2a.types import Message
 

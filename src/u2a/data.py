@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import difflib
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from u2a.config import DataSection, FieldMap
 from u2a.errors import DataError
+from u2a.folding import fold
 from u2a.record import content_id
 from u2a.rows import RawRow, Source, problem, read_rows
 from u2a.types import Example, Message, Pair
@@ -31,22 +31,6 @@ MAX_CHARS = 1_000_000  # a longer text is a damaged file, not an answer
 MESSAGES = "messages"  # TRL's column of a whole conversation
 LABEL = "label"  # TRL's column of unpaired preferences: true is a good answer
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
-
-
-def fold(text: str) -> str:
-    """Return a text without differences of case, spacing and Unicode presentation.
-
-    Args:
-        text: any text.
-
-    Returns:
-        NFKC, case-folded, with runs of white space replaced by one space.
-
-    >>> fold("  Ｈow   ARE you? ")
-    'how are you?'
-    """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(folded.split())
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:

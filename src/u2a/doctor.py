@@ -15,8 +15,9 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from u2a.contradictions import answer_key
-from u2a.data import fold, prompt_key
+from u2a.data import prompt_key
 from u2a.diagnosis import Diagnosis, Finding, Level, Overlap, SetHealth, Severity
+from u2a.folding import fold
 from u2a.near_duplicates import fingerprint, near_labels
 from u2a.partition import SETS
 from u2a.token_checks import Measured, measure, template_problems

@@ -42,7 +42,7 @@ def fingerprint(prompt_key: str, prompt: str, answers: Sequence[str]) -> Fingerp
 
     Args:
         prompt_key: id of the prompt.
-        prompt: its text, folded by :func:`u2a.data.fold`.
+        prompt: its text, folded by :func:`u2a.folding.fold`.
         answers: one answer, or the chosen and the rejected one (which are told apart), folded.
 
     Returns:

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 from u2a.config import DataSection, PartitionSection, RunConfig
 from u2a.contradictions import answer_key
-from u2a.data import Source, example_id, fold, parse_examples, parse_pairs, prompt_key, read_rows
+from u2a.data import Source, example_id, parse_examples, parse_pairs, prompt_key, read_rows
 from u2a.errors import ConfigError, DataError
+from u2a.folding import fold
 from u2a.record import content_id
 from u2a.shortages import count_prompts, shortages
 from u2a.types import Example, Leak, Pair, Partition

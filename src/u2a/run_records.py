@@ -16,6 +16,7 @@ from u2a.console import FALLBACK_SENTENCES, number
 from u2a.errors import RecordError
 from u2a.record import Record
 from u2a.robustness.records import RobustnessTable
+from u2a.shortages import count_prompts
 from u2a.solution import ScoreTable, Solution
 from u2a.types import EvalTable, Partition, RewardTable, UnlearnResult
 from u2a.yaml_file import read_yaml
@@ -158,8 +159,9 @@ def cautions(records: RunRecords) -> list[str]:
         found += [f"Arm {arm} has collapsed ({kind.replace('_', ' ')})." for arm, kind in table.collapsed.items()]
         if not table.samples:
             found.append("No answer was generated, so whether a model has collapsed was not checked.")
-    if 0 < len(records.partition.retain) < 5:
-        found.append("Fewer than five retain rows: the same ones train, guard and evaluate.")
+    sets = records.partition
+    if not sets.retain_measured and 0 < count_prompts(sets.retain) < 5:
+        found.append("Retain rows on fewer than five prompts: the same ones train, guard and evaluate.")
     for leak in records.partition.leaks:
         found.append(f"{leak.count} rows of {leak.first} stand in {leak.second} too (same {leak.level}).")
     if records.config.data.allow_leak:

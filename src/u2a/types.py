@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from u2a.folding import fold
 from u2a.record import Record, Row
 
 # --- stage 1: partition -------------------------------------------------------------------------
@@ -112,8 +113,7 @@ class Partition(Record):
         rows = tuple(sorted(self.retain, key=lambda row: row.id))
         if self.retain_measured:
             return RetainParts(rows, rows, tuple(sorted(self.retain_measured, key=lambda row: row.id)))
-        turns = [[turn for turn in row.prompt if turn.role == "user"] for row in rows]
-        asked = [tuple(" ".join(turn.content.casefold().split()) for turn in each) for each in turns]
+        asked = [tuple(fold(turn.content) for turn in row.prompt if turn.role == "user") for row in rows]
         place = {prompt: k % 5 for k, prompt in enumerate(dict.fromkeys(asked))}
         if len(place) < 5:
             return RetainParts(rows, rows, rows)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from u2a.data import fold
 from u2a.errors import NonFiniteError
 from u2a.evaluation.degenerate import distinct_n
 from u2a.evaluation.stats import bootstrap_mean
+from u2a.folding import fold
 from u2a.packaged import resolve_model
 from u2a.progress import Advance
 from u2a.reward.embedding import Embedder

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from u2a.data import fold
 from u2a.errors import ConfigError, DataError
+from u2a.folding import fold
 from u2a.record import derive_seed
 from u2a.rows import read_rows
 from u2a.types import Message
@@ -122,7 +122,7 @@ class Paraphrases:
     """Replaces the last user turn by the user's own paraphrase of it.
 
     Attributes:
-        texts: paraphrase by the folded text of the turn it replaces (see :func:`u2a.data.fold`).
+        texts: paraphrase by the folded text of the turn it replaces (see :func:`u2a.folding.fold`).
         name, description: see :class:`PromptAttack`.
     """
 

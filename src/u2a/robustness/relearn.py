@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PrinterCallback, TrainerCallback
 
-from u2a.data import fold, prompt_key
+from u2a.data import prompt_key
 from u2a.errors import ConfigError, DataError
 from u2a.evaluation.stats import Interval, bootstrap_ratio, paired_difference
+from u2a.folding import fold
 from u2a.modeling import Policy, evaluation_mode
 from u2a.record import content_id
 from u2a.trainer import UnlearnTrainer
