@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from scipy.cluster.vq import kmeans2
 
 from u2a.config import SolveSection
@@ -13,10 +14,12 @@ from u2a.types import Example
 
 
 def candidate_clusters(section: SolveSection, rows: Sequence[Example], seed: int) -> dict[str, int] | None:
-    """Cluster negatives by the sentence embeddings of prompt and answer (k-means).
+    """Cluster negatives by the sentence embeddings of prompt and of answer, side by side (k-means).
+
+    In one text a long prompt would leave the embedder, which reads a few hundred tokens, nothing of the answer.
 
     Args:
-        section: ``clusters`` (at most as many as rows) and ``cluster_embedder``.
+        section: ``clusters`` (at most as many as distinct embeddings) and ``cluster_embedder``.
         rows: the candidates.
         seed: of the first centres.
 
@@ -29,8 +32,12 @@ def candidate_clusters(section: SolveSection, rows: Sequence[Example], seed: int
     if section.clusters == 0 or not rows:
         return None
     ordered = sorted(rows, key=lambda row: row.id)
-    texts = [f"{prompt_text(row.prompt)}\n{row.completion}" for row in ordered]
-    features = Embedder(section.cluster_embedder).encode(texts)
-    count = min(section.clusters, len(ordered))
-    labels = kmeans2(features, count, iter=50, minit="++", rng=seed)[1]
+    embedder = Embedder(section.cluster_embedder)
+    asked = embedder.encode([prompt_text(row.prompt) for row in ordered])
+    features = np.hstack([asked, embedder.encode([row.completion for row in ordered])])
+    distinct, place = np.unique(features, axis=0, return_inverse=True)
+    if len(distinct) <= section.clusters:
+        labels = place.ravel()
+    else:
+        labels = kmeans2(features, section.clusters, iter=50, minit="++", rng=seed)[1]
     return {row.id: int(label) for row, label in zip(ordered, labels, strict=True)}
