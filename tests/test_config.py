@@ -226,6 +226,9 @@ def test_data_paths_are_relative_to_the_file_hub_names_stay(tmp_path: Path) -> N
     config = load_config(yaml_file(tmp_path, "robustness: {paraphrases: p.jsonl}\nmodel: {name_or_path: d}\n"))
     assert config.robustness.paraphrases == str(tmp_path / "p.jsonl")
     assert config.model.name_or_path == "d", "names of models count from the working directory"
+    config = load_config(yaml_file(tmp_path, 'data: {pairs: "d/10:30.jsonl", retain: "https://a/b", forget: "a:b"}'))
+    assert (config.data.pairs, config.data.forget) == (str(tmp_path / "d" / "10:30.jsonl"), str(tmp_path / "a:b"))
+    assert config.data.retain == "https://a/b"
 
 
 def test_run_yaml_replays_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,15 +236,15 @@ def test_run_yaml_replays_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from u2a.run import write_run_yaml
 
     monkeypatch.chdir(tmp_path)
-    yaml_file(tmp_path, "data: {pairs: p.jsonl}\nunlearn: {loss: ga, learning_rate: 3e-5}\nmodel: {name_or_path: m}\n")
-    config = load_config("config.yaml", ["seed=9", "model.adapter.layers=[0, 1]"])
+    yaml_file(tmp_path, "data: {pairs: 'p:1.jsonl'}\nunlearn: {loss: ga, max_steps: 7}\nmodel: {name_or_path: m}\n")
+    config = load_config("config.yaml", ["seed=9", "data.forget=n:1.jsonl", "model.adapter.layers=[0, 1]"])
     write_run_yaml(config, tmp_path / "runs" / "run.yaml", "abc")
     provenance = yaml.safe_load((tmp_path / "runs" / "run.yaml").read_text())["provenance"]
     assert provenance["data_fingerprint"] == "abc"
     assert provenance["device"] == ("cuda" if torch.cuda.is_available() else "cpu"), "the device itself, not auto"
     monkeypatch.chdir("/")
     again = load_config(tmp_path / "runs" / "run.yaml")
-    assert again.data.pairs == str(tmp_path / "p.jsonl")
+    assert again.data.pairs == str(tmp_path / "p:1.jsonl") and again.data.forget == str(tmp_path / "n:1.jsonl")
     assert again.model_copy(update={"data": config.data}) == config
 
 

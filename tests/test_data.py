@@ -295,6 +295,16 @@ def test_a_bad_weight_or_label_gives_one_problem(change, expected):
     assert problem.startswith(f"rows[0]: {expected}"), problem
 
 
+def test_long_cells_of_csv_are_texts_like_any_other(tmp_path):
+    """Python's own limit of 131,072 characters is neither ours nor changed for others."""
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f'prompt,completion\np,"{"word " * 40_000}"\n')
+    assert len(read_examples(tmp_path / "a.csv", SECTION, good=False)[0].completion) >= 199_999
+    (tmp_path / "b.csv").write_text(f"prompt,completion\np,{'a' * 1_000_001}\n")
+    assert "completion: 1000001 characters, at most" in problems_of(tmp_path / "b.csv", good=False)[0]
+    assert csv.field_size_limit() == limit
+
+
 def test_nan_in_json_and_words_in_csv(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "a", "weight": NaN}\n')
     (tmp_path / "b.csv").write_text("prompt,completion,weight\np,a,nan\np,b,x\n")

@@ -17,6 +17,7 @@ import yaml
 from u2a.arms import SOLUTION_ARM
 from u2a.checkpoint import save_folder
 from u2a.config import SOURCES, DataSection, RunConfig
+from u2a.config_file import is_path
 from u2a.console import metric_names
 from u2a.content_hash import content_hash
 from u2a.model_card import model_card
@@ -172,7 +173,7 @@ def _absolute(data: DataSection) -> DataSection:
 
 
 def _absolute_path(value: str) -> str:
-    return value if ":" in value else str(Path(value).absolute())
+    return str(Path(value).absolute()) if is_path(value) else value
 
 
 def _processor() -> str:

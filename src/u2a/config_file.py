@@ -288,11 +288,23 @@ def _place(loc: tuple[int | str, ...]) -> str:
     return name
 
 
+def is_path(source: str) -> bool:
+    """Tell the path of a data file from what is no path.
+
+    Args:
+        source: the value of an option that names data.
+
+    Returns:
+        False for ``hub:NAME`` and for addresses; a colon elsewhere may stand in the name of a file.
+    """
+    return not source.startswith("hub:") and "://" not in source
+
+
 def _resolved(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make relative data paths of a file relative to its directory and fill in ``~``, ``$VARIABLE`` (not in --set)."""
 
     def resolved(value: Any) -> Any:
-        if not isinstance(value, str) or not value or ":" in value:
+        if not isinstance(value, str) or not value or not is_path(value):
             return value
         path = Path(os.path.expandvars(value))
         with contextlib.suppress(RuntimeError):  # ~ of a user who does not exist: no such file

@@ -154,6 +154,7 @@ def _from_csv(name: str, text: str, problems: list[str]) -> list[RawRow]:
     rows: list[RawRow] = []
     header: list[str] = []
     line = 1
+    limit = csv.field_size_limit(len(text) + 1)  # of the process, 131,072 by default: texts are measured when parsed
     try:
         for cells in reader:
             where, line = f"{name}:{line}", reader.line_num + 1
@@ -172,6 +173,8 @@ def _from_csv(name: str, text: str, problems: list[str]) -> list[RawRow]:
                 rows.append(RawRow(where, dict(zip_longest(header, cells)), all_text=True))
     except csv.Error as error:
         problems.append(problem(f"{name}:{line}", "row", f"not valid CSV: {error}", "quote the cell, or use .jsonl"))
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 

@@ -114,7 +114,7 @@ MALFORMED = (
     _file("quote not closed", "a.csv", _HEAD + b'p,a,b\np,"a,b\n', ":3: row: ", "not valid CSV"),
     _file("quote inside a cell", "a.csv", _HEAD + b'p,"a"x,b\n', ":2: row: ", "not valid CSV"),
     _file("column twice", "a.csv", b"prompt,chosen,rejected,chosen\np,a,b,c\n", ":1: chosen: ", "two columns"),
-    _file("cell too long", "a.csv", _HEAD + b"p," + b"a" * 200_000 + b",b\n", ":2: row: ", "field larger"),
+    _file("cell too long", "a.csv", _HEAD + b"p," + b"a" * 1_000_001 + b",b\n", ":2: chosen: ", "1000001 characters"),
     _file("blank cell", "a.csv", _HEAD + b"p,a,b\np,  ,b\n", ":3: chosen: ", "empty"),
     _file("parquet without a footer", "a.parquet", b"PAR1", ": ", "not a readable parquet file"),
     _file("JSON called parquet", "a.parquet", _GOOD, ": ", "not a readable parquet file"),
