@@ -141,10 +141,10 @@ MUTANTS = (
     ),
     Mutant(
         "folds share prompts",
-        "bilevel/gains.py",
+        "bilevel/outer_problem.py",
         "groups.setdefault(prompt_key(pair.prompt), []).append(pair)",
         "groups.setdefault(pair.id, []).append(pair)",
-        f"{GAINS}::test_split_keeps_prompts_together_and_loses_nothing",
+        "tests/bilevel/test_outer_problem.py::test_split_keeps_prompts_together_and_loses_nothing",
     ),
     Mutant(
         "interval over rows instead of prompts",
