@@ -167,12 +167,12 @@ class StageStore:
         return out
 
     def peak_rss_bytes(self) -> int:
-        """Peak memory of the processes that computed the present result.
+        """Peak memory of the processes that computed the present result, each up to its last record.
 
         Returns:
-            Bytes.
+            Bytes. A process that found everything there does not count.
         """
-        return max([peak_rss_bytes(), *(entry.peak_rss_bytes for entry in self._entries_used())])
+        return max((entry.peak_rss_bytes for entry in self._entries_used()), default=peak_rss_bytes())
 
     def note_smaller_batches(self, name: str, size: int) -> None:
         """Note that memory ran out and batches are smaller from here on.
