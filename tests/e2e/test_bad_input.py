@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was loaded before the input was checked")
 
     monkeypatch.setattr("u2a.pipeline.load_model", never)
-    monkeypatch.setattr(import_module("u2a.run"), "load_model", never)  # u2a.run is the function of that name
+    monkeypatch.setattr("u2a.score_files.load_model", never)
 
 
 def run(config: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:

@@ -192,9 +192,8 @@ def _caller() -> str:
 
 def _child(request: dict[str, Any]) -> int:
     """Run one command with what was arranged for it."""
-    handle = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for stream in (1, 2):
-        os.dup2(handle, stream)
+    for stream, path in ((1, request["results"]), (2, request["log"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), stream)
     arranged = Arranged(request)
     refused = Refused(request) if "folder" in request else None
     from u2a.cli import main

@@ -81,7 +81,7 @@ class Lab:
 
     def __init__(self, folder: Path, server: Server) -> None:
         self.folder, self.server, self.run = folder, server, folder / "run"
-        self._log, self._counts = folder / "log.txt", folder / "counts.json"
+        self._log, self._results, self._counts = (folder / name for name in ("log.txt", "results.txt", "counts.json"))
         self.config = write_files(folder)
         done = self.attempt(folder=str(self.run))
         assert done["status"] == 0, self.said
@@ -92,15 +92,21 @@ class Lab:
 
     def attempt(self, **request: Any) -> dict[str, Any]:
         """One ``u2a run``, with what is arranged for it; see ``fork_server``."""
-        for path in (self._log, self._counts):
+        for path in (self._log, self._results, self._counts):
             path.unlink(missing_ok=True)
         arguments = request.pop("arguments", ["run", str(self.config), "--quiet"])
-        return self.server.ask(arguments=arguments, log=str(self._log), counts=str(self._counts), **request)
+        files = {"log": str(self._log), "results": str(self._results), "counts": str(self._counts)}
+        return self.server.ask(arguments=arguments, **files, **request)
 
     @property
     def said(self) -> str:
-        """What the last attempt printed."""
+        """What the last attempt printed on standard error: with ``--quiet``, errors alone."""
         return self._log.read_text(encoding="utf-8")
+
+    @property
+    def results(self) -> str:
+        """What the last attempt printed on standard output."""
+        return self._results.read_text(encoding="utf-8")
 
     @property
     def calls(self) -> dict[str, int]:

@@ -93,7 +93,9 @@ def test_a_report_that_met_a_full_disk_is_made_later_from_the_run(lab: Lab) -> N
     assert lab.attempt(folder=str(lab.run), site=site, errno=errno.ENOSPC, lasting=True)["status"] == 2
     assert not (lab.run / "report.html").exists()
     assert lab.attempt(arguments=["report", str(lab.run)])["status"] == 0, lab.said
-    assert lab.said.splitlines()[0] == str(lab.run / "report.html") and "<html" in (lab.run / "report.html").read_text()
+    assert (
+        lab.results.splitlines()[0] == str(lab.run / "report.html") and "<html" in (lab.run / "report.html").read_text()
+    )
     finish(lab)
 
 
