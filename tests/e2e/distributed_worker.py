@@ -7,6 +7,7 @@ import tempfile
 
 import torch
 from peft import LoraConfig
+from resume_worker import leave
 from safetensors.torch import save_file
 
 from tiny import examples, tiny_model, tiny_tokenizer
@@ -45,7 +46,9 @@ def main(batch_size: int, path: str) -> None:
         if trainer.is_world_process_zero():
             save_file(trainer.policy.snapshot(), path)
             print(f"processes: {trainer.args.world_size}")
-        trainer.accelerator.end_training()  # a group left to the end of the process may abort it
+    accelerator = trainer.accelerator
+    del trainer
+    leave(accelerator)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -27,6 +29,13 @@ def trainer(folder: str) -> UnlearnTrainer:
     )  # fmt: skip
 
 
+def leave(accelerator: Accelerator) -> None:
+    """End the process group when nothing holds it any more: threads of it that outlive Python abort the process."""
+    gc.collect()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def main(folder: str) -> None:
     """Train, go on from the second step in a fresh trainer, and save both ends with the logged losses."""
     torch.set_num_threads(1)
@@ -36,7 +45,9 @@ def main(folder: str) -> None:
         losses = torch.tensor([entry["loss"] for entry in run.state.log_history if "loss" in entry])
         if run.is_world_process_zero():
             save_file(run.policy.snapshot() | {"losses": losses}, f"{folder}/{name}.safetensors")
-    run.accelerator.end_training()  # a group left to the end of the process may abort it
+    accelerator = run.accelerator
+    del run
+    leave(accelerator)
 
 
 if __name__ == "__main__":
