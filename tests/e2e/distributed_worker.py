@@ -7,9 +7,9 @@ import tempfile
 
 import torch
 from peft import LoraConfig
-from resume_worker import leave
 from safetensors.torch import save_file
 
+from process_group import leave
 from tiny import examples, tiny_model, tiny_tokenizer
 from u2a import UnlearnConfig, UnlearnTrainer
 

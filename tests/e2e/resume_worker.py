@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from process_group import leave
 from tiny import examples, tiny_model, tiny_tokenizer
 from u2a import UnlearnConfig, UnlearnTrainer
 
@@ -27,13 +26,6 @@ def trainer(folder: str) -> UnlearnTrainer:
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
-
-
-def leave(accelerator: Accelerator) -> None:
-    """End the process group when nothing holds it any more: threads of it that outlive Python abort the process."""
-    gc.collect()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def main(folder: str) -> None:
