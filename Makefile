@@ -31,7 +31,7 @@ RUN ?= runs/demo
 # After the installation nothing may reach for the network, and no thread pool may fight another one.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection bench-pa-gain faults test-environment notebooks screenshot experiment-smoke experiment-main experiment-tasks experiment-bases experiment-pairs experiment-policy-gradients experiment-ablation experiment-signal experiment-validity experiment-rewards clean
+.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection bench-pa-gain bench-coverage faults test-environment notebooks screenshot experiment-smoke experiment-main experiment-tasks experiment-bases experiment-pairs experiment-policy-gradients experiment-ablation experiment-signal experiment-validity experiment-rewards clean
 help:
 	@echo "make demo    run all stages on the demo data, on the CPU"
 	@echo "make test    run the tests (not those marked slow, gpu or network)"
@@ -43,6 +43,7 @@ help:
 	@echo "make bench-scoring  time the scoring of candidates (quiet machine; SafeRLHF in U2A_DATA or ../shared/data)"
 	@echo "make bench-selection  predicted against measured gain on a small model (data in U2A_DATA or ../shared/data)"
 	@echo "make bench-pa-gain  what more preference pairs bring on SmolLM2 (a quarter of an hour)"
+	@echo "make bench-coverage  how often intervals over few seeds hold the truth (half a minute)"
 	@echo "make bench-rivals   install the libraries that bench-scoring compares with, into $(RIVALS)"
 	@echo "make screenshot  take the pictures of the report in docs/ again, from RUN=$(RUN) (needs Chromium)"
 	@echo "make experiment-smoke  every arm of the comparison on a tiny random model"
@@ -101,6 +102,9 @@ bench-scoring: $(STAMP)
 # The study runs on two processes; its cells are kept under runs/bench and found again.
 bench-selection: $(STAMP)
 	$(OFFLINE) $(VENV)/bin/python bench/selection.py --out bench/results/selection.json --plots docs/results
+
+bench-coverage: $(STAMP)
+	$(OFFLINE) $(VENV)/bin/python bench/interval_coverage.py --out bench/results/interval_coverage.json
 
 screenshot: $(STAMP)
 	$(VENV)/bin/python tests/browser/screenshot.py $(RUN) docs

@@ -218,7 +218,7 @@ def test_ordinary_answers_are_not_called_incoherent() -> None:
     folder = Path(os.environ.get("U2A_DATA", Path(__file__).parents[3] / "shared" / "data"))
     files = (("benign/prompts.jsonl", "response"), ("alpaca_eval/pairs.jsonl", "chosen"))
     if not all((folder / name).exists() for name, _ in files):
-        pytest.skip("the data folder is absent")
+        pytest.skip(f"{folder} does not hold the data (set U2A_DATA)")
     rows = set()
     for name, column in files:
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
