@@ -36,6 +36,10 @@ def scoring(found: dict[str, Any]) -> str:
         rows.append((name, seconds, times, seconds / forward, row["spearman"], row["rel_error"]))
     loop, times = (found["seconds"]["per_sample_backward"][key] for key in ("median_s", "repetitions"))
     rows.append(("one backward per sample (the truth)", loop, times, loop / forward, 1.0, 0.0))
+    if "released_way" in found["seconds"]:
+        loop, times = (found["seconds"]["released_way"][key] for key in ("median_s", "repetitions"))
+        error = found["released_way_rel_error"]
+        rows.append(("the released code's way", loop, times, loop / forward, None, error))
     rivals = [
         (name, row.get("version"), row["status"], row.get("seconds"), row.get("ratio_to_central"), row.get("spearman"))
         for name, row in found["rivals"].items()
