@@ -27,12 +27,13 @@ from u2a.config import AdapterConfig, GuardSection, UnlearnSection
 from u2a.config_file import load_config
 from u2a.encoding import Encoded
 from u2a.errors import ConfigError
-from u2a.forecast.dry_run import dry_run, shapes_of
+from u2a.forecast.dry_run import dry_run
 from u2a.forecast.flops import Shape, shape_of, sizes_of
 from u2a.forecast.phases import Forecast
 from u2a.forecast.text import forecast_text, size_text, time_text
 from u2a.forecast.work import step_batches
 from u2a.free_memory import host_free_bytes
+from u2a.model_loading import shapes_of
 from u2a.modeling import Policy
 from u2a.progress import Console, Quiet
 from u2a.unlearn import InnerProblem
@@ -99,7 +100,7 @@ def test_sizes_are_those_of_the_model_and_of_its_shapes_alone(tmp_path: Path) ->
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     config = load_config(None, [f"model.name_or_path={tmp_path}", "model.adapter.r=4"], None)
-    shapes = shapes_of(config)
+    shapes = shapes_of(config.model)
     assert {value.device.type for value in shapes.parameters()} == {"meta"}
     policy = Policy(model, tiny_tokenizer(), AdapterConfig(r=4), 512)
     sizes = sizes_of(policy.model)

@@ -20,7 +20,7 @@ from u2a.adapter import fused_lora
 from u2a.config import AdapterConfig, ModelSection
 from u2a.encoding import Encoded, collate
 from u2a.errors import ConfigError, ModelError, NonFiniteError
-from u2a.model_loading import check_adapter_layers, check_packages, load_model, load_tokenizer, pick_device
+from u2a.model_loading import check_adapter, check_packages, load_model, load_tokenizer, pick_device
 from u2a.modeling import Policy, answer_log_probs, weights_fingerprint
 
 TOLERANCE = 2e-5  # nats per token, float32
@@ -355,15 +355,35 @@ def test_adapter_layers_that_the_model_lacks_are_refused_before_its_weights_are_
         return ModelSection(name_or_path=str(tmp_path), adapter=AdapterConfig(**adapter))
 
     for fine in ({}, {"layers": [0, 1]}, {"layers": [99], "enabled": False}):
-        check_adapter_layers(section(**fine))
+        check_adapter(section(**fine))
     with pytest.raises(ConfigError) as caught:
-        check_adapter_layers(section(layers=[1, 99, 2]))
+        check_adapter(section(layers=[1, 99, 2]))
     assert caught.value.problems == [
         "model.adapter.layers: 99 is not a layer of the model (0 to 1)",
         "model.adapter.layers: 2 is not a layer of the model (0 to 1)",
     ]
     with pytest.raises(ModelError, match="model.name_or_path: cannot load"):
-        check_adapter_layers(ModelSection(name_or_path=str(tmp_path / "no"), adapter=AdapterConfig(layers=[0])))
+        check_adapter(ModelSection(name_or_path=str(tmp_path / "no"), adapter=AdapterConfig(layers=[0])))
+
+
+def test_modules_that_the_model_lacks_are_refused_before_its_weights_are_read(tmp_path) -> None:
+    (save_tiny(tmp_path) / "model.safetensors").unlink()
+
+    def section(targets: str | list[str]) -> ModelSection:
+        return ModelSection(name_or_path=str(tmp_path), adapter=AdapterConfig(target_modules=targets))
+
+    for fine in (["q_proj", "mlp.up_proj"], ["model.layers.0.self_attn.v_proj"], "all-linear", r".*\.q_proj"):
+        check_adapter(section(fine))
+    with pytest.raises(ConfigError) as caught:  # peft would train q_proj alone, and say nothing
+        check_adapter(section(["q_proj", "c_attn", "proj"]))
+    known = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    assert caught.value.problems == [
+        f"model.adapter.target_modules: {name!r} is no module of the model (its linear ones: {known})"
+        for name in ("c_attn", "proj")
+    ]
+    for none in (r".*\.c_attn", ["self_attn"]):  # matches nothing, and what LoRA cannot adapt
+        with pytest.raises(ModelError, match="model.adapter: "):
+            check_adapter(section(none))
 
 
 def test_pickled_weights_are_never_read(tmp_path) -> None:

@@ -24,11 +24,12 @@ from u2a.bilevel.trajectory import plan_of
 from u2a.config import RewardSection
 from u2a.config_file import load_config
 from u2a.errors import ModelError
-from u2a.forecast.dry_run import dry_run, shapes_of
+from u2a.forecast.dry_run import dry_run
 from u2a.forecast.flops import Shape, sizes_of
 from u2a.forecast.phases import Basis, phase_costs
 from u2a.forecast.probe import Measured, Meter, Probe, Unit
 from u2a.forecast.reward_probe import probe_reward
+from u2a.model_loading import shapes_of
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
 from u2a.reward import lm_head, models
@@ -263,7 +264,7 @@ def test_gradients_of_every_fold_count_in_the_memory_of_scoring(
 
 def test_gradients_of_folds_are_added_to_what_a_probe_without_them_measured(configure: Callable[..., Path]) -> None:
     config = load_config(configure(**BARE), ["model.adapter.enabled=false", "solve.scorer=jvp"], None)
-    workload, sizes = workload_of(config), sizes_of(shapes_of(config))
+    workload, sizes = workload_of(config), sizes_of(shapes_of(config.model))
     held = {"forward": 0, "gradient": 0, "step": 0, "score": 1}
     units = {kind: Unit(1.0, 0.0, 1000, vectors=count) for kind, count in held.items()}
 

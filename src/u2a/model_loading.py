@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from u2a.adapter import add_adapter
 from u2a.config import ModelSection
 from u2a.errors import ConfigError, ModelError
 from u2a.packaged import resolve_model
@@ -169,31 +170,76 @@ def _check_loaded(found: dict[str, Any], name: str, may_lack: tuple[str, ...] = 
         raise ModelError(f"{name}: {key} has the shape {list(given)}, its config.json means {list(wanted)}")
 
 
-def check_adapter_layers(section: ModelSection) -> None:
-    """Refuse ``adapter.layers`` that the model does not have; reads the model's configuration, not its weights.
+def shapes_of(section: ModelSection, seed: int = 0) -> nn.Module:
+    """Make the policy's model on the meta device: shapes without weights, from its configuration alone.
+
+    Args:
+        section: the model options.
+        seed: seed of the adapter.
+
+    Returns:
+        The model, with its adapter where it gets one.
+
+    Raises:
+        ModelError: the model's configuration cannot be read, or no adapter fits it.
+    """
+    model = _bare_shapes(section)
+    if not section.adapter.enabled:
+        return model.requires_grad_(True)
+    with torch.device("meta"):
+        return add_adapter(model, section.adapter, seed)
+
+
+def _bare_shapes(section: ModelSection) -> PreTrainedModel:
+    path = resolve_model(section.name_or_path)
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+        dtype = getattr(settings, "dtype", None) or torch.float32 if section.dtype == "auto" else section.dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, attn_implementation="eager", trust_remote_code=section.trust_remote_code
+            )
+    except Exception as error:  # damaged files make the libraries below raise anything
+        raise ModelError(f"model.name_or_path: cannot load {section.name_or_path!r} ({_first_line(error)})") from None
+
+
+def check_adapter(section: ModelSection) -> None:
+    """Refuse ``adapter.layers`` and ``adapter.target_modules`` that the model does not have, without its weights.
 
     Args:
         section: the model options.
 
     Raises:
-        ConfigError: a layer is out of range.
-        ModelError: the model's configuration cannot be loaded.
+        ConfigError: a layer is out of range, or a name matches no module (peft passes over it in silence).
+        ModelError: the model's configuration cannot be loaded, or peft puts no adapter on such modules.
     """
-    if not section.adapter.enabled or section.adapter.layers is None:
+    layers, targets = section.adapter.layers, section.adapter.target_modules
+    if not section.adapter.enabled or (layers is None and targets == "all-linear"):
         return
-    path = resolve_model(section.name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except Exception as error:  # damaged files make the libraries below raise anything
-        raise ModelError(f"model.name_or_path: cannot load {section.name_or_path!r} ({_first_line(error)})") from None
-    n_layers = config.get_text_config().num_hidden_layers
+    model = _bare_shapes(section)
+    n_layers = model.config.get_text_config().num_hidden_layers
     problems = [
         f"model.adapter.layers: {layer} is not a layer of the model (0 to {n_layers - 1})"
-        for layer in section.adapter.layers
+        for layer in layers or ()
         if not 0 <= layer < n_layers
     ]
+    if isinstance(targets, list):  # a text is a pattern, which peft itself refuses where it matches nothing
+        names = [f".{name}" for name, _ in model.named_modules()]
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, part in _linear(model)}))
+        problems += [
+            f"model.adapter.target_modules: {target!r} is no module of the model (its linear ones: {known})"
+            for target in targets
+            if not any(name.endswith(f".{target}") for name in names)
+        ]
     if problems:
         raise ConfigError(problems)
+    with torch.device("meta"):
+        add_adapter(model, section.adapter, 0)
+
+
+def _linear(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear)]
 
 
 def check_packages(section: ModelSection) -> None:

@@ -27,7 +27,7 @@ from u2a.errors import RecordError
 from u2a.evaluation.expected_reward import sampled_reward
 from u2a.evaluation.generation import Decoding, generate
 from u2a.finetune import finetune, mixture, n_steps
-from u2a.model_loading import check_adapter_layers, check_packages, load_model, load_tokenizer
+from u2a.model_loading import check_adapter, check_packages, load_model, load_tokenizer
 from u2a.modeling import Policy
 from u2a.named_content import clustering_content, model_identity, named_content, with_lasting_names
 from u2a.packaged import is_converted
@@ -85,7 +85,7 @@ class Pipeline:
         """Stage 1, checked: rows, sizes, leaks, and that every prompt fits (before any model is loaded)."""
         if self._model is None:
             check_packages(self.config.model)
-            check_adapter_layers(self.config.model)
+            check_adapter(self.config.model)
         result = partition(self.config, self.sources)
         encoder = Encoder(self.tokenizer, self.config.data.max_length)
         self.n_truncated = count_truncated(result, encoder)

@@ -15,9 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from u2a.adapter import add_adapter
 from u2a.config import RewardSection, RunConfig
 from u2a.early_checks import VERDICTS
 from u2a.encoding import Encoder
@@ -32,12 +30,11 @@ from u2a.forecast.reward_probe import RewardCost, files_bytes, probe_reward
 from u2a.forecast.text import notes_on, size_text
 from u2a.forecast.workload import Workload
 from u2a.free_memory import device_free_bytes, resident_bytes
-from u2a.model_loading import pick_device
+from u2a.model_loading import pick_device, shapes_of
 from u2a.modeling import Policy
-from u2a.packaged import cache_dir, is_converted, resolve_model
+from u2a.packaged import cache_dir, is_converted
 from u2a.pipeline import Pipeline
 from u2a.progress import Console
-from u2a.record import one_line
 
 
 def dry_run(config: RunConfig, console: Console) -> Forecast:
@@ -60,7 +57,7 @@ def dry_run(config: RunConfig, console: Console) -> Forecast:
         evaluation = EvaluationStage(pipeline)  # reads and checks all data
         encoder = Encoder(pipeline.tokenizer, config.data.max_length)
         workload = Workload(config, pipeline.partition, encoder, evaluation.prompt_sets, evaluation.holdout)
-        shapes = shapes_of(config)
+        shapes = shapes_of(config.model, config.seed)
         sizes = sizes_of(shapes, config.model.load_in_4bit)
         device, why_not = _device(config)
         free = None if device is None else device_free_bytes(str(device))
@@ -96,37 +93,6 @@ def dry_run(config: RunConfig, console: Console) -> Forecast:
         files=tuple(files),
         output_dir=config.output_dir,
     )
-
-
-def shapes_of(config: RunConfig) -> torch.nn.Module:
-    """Make the policy's model on the meta device: shapes without weights, from its configuration alone.
-
-    Args:
-        config: options of the model.
-
-    Returns:
-        The model, with its adapter where it gets one.
-
-    Raises:
-        ModelError: the model's configuration cannot be read, or no adapter fits it.
-    """
-    section = config.model
-    path = resolve_model(section.name_or_path)
-    try:
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-        dtype = getattr(settings, "dtype", None) or torch.float32 if section.dtype == "auto" else section.dtype
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, attn_implementation="eager", trust_remote_code=section.trust_remote_code
-            )
-    except Exception as error:  # damaged files make the libraries below raise anything
-        reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
-        raise ModelError(f"model.name_or_path: cannot load {section.name_or_path!r} ({reason})") from None
-    if not section.adapter.enabled:
-        return model.requires_grad_(True)
-    with torch.device("meta"):
-        return add_adapter(model, section.adapter, config.seed)
 
 
 @contextmanager
