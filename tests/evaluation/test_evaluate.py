@@ -187,6 +187,43 @@ def test_perplexities_over_other_tokens_are_not_compared() -> None:
     assert [item.metric for item in contrasts_of(one, alike, ("a", "b"), {}, (100, 0))] == ["retain_ppl"]
 
 
+def test_perplexities_of_few_prompts_need_a_p_value_as_everything_else() -> None:
+    tokens = {f"r{k}": 10.0 for k in range(9)}
+    one, other = (
+        ArmResult(
+            name=name,
+            metrics={},
+            retain_nll={key: 20.0 + rise + k for k, key in enumerate(tokens)},
+            retain_tokens=tokens,
+        )
+        for name, rise in (("a", 1.0), ("b", 0.0))
+    )
+    by_prompt = {key: str(int(key[1:]) // 3) for key in tokens}  # nine rows under three prompts
+    (few,) = contrasts_of(one, other, ("a", "b"), by_prompt, (200, 0))
+    assert few.low is not None and few.low > 0 and few.p == pytest.approx(0.25) and not few.excludes_zero
+    (many,) = contrasts_of(one, other, ("a", "b"), {}, (200, 0))
+    assert many.p == pytest.approx(2.0**-8, abs=2e-4) and many.excludes_zero
+
+
+def test_a_solution_that_is_the_start_has_not_won() -> None:
+    """The guard may take the whole change back; then a harmful random draw alone makes the difference."""
+    rows = pairs(40)
+    start = {row.id: math.sin(7.0 * index) for index, row in enumerate(rows)}
+    harmed = {key: value - 0.2 for key, value in start.items()}
+    arms = {
+        name: ArmResult(
+            name=name, metrics={"preference_margin": Metric(value=0.0, n=40, values=values)}, collapse=collapse([])
+        )
+        for name, values in (("before", start), ("after", start), ("random_k", harmed))
+    }
+    found = build_table(arms, Partition(evaluation=rows), SECTION, 0, solution=solution()).verdict
+    assert found.startswith("selection beat random-k: not shown (") and "nothing was unlearned" in found
+    moved = {"after": arms["after"].model_copy(update={"metrics": arms["random_k"].metrics})}
+    moved["random_k"] = arms["before"]
+    found = build_table({**arms, **moved}, Partition(evaluation=rows), SECTION, 0, solution=solution()).verdict
+    assert found.startswith("selection beat random-k: no ("), "a loss is told as it is"
+
+
 # --- verdict ------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from u2a.errors import ConfigError, DataError, NonFiniteError
+from u2a.evaluation.arm import ArmResult
 from u2a.evaluation.judge import Preference
+from u2a.evaluation.pairwise import rewards_over
 from u2a.evaluation.win_rate import (
     RewardPairJudge,
     export_outputs,
@@ -156,6 +158,19 @@ def test_a_reward_model_prefers_what_it_rates_higher() -> None:
     assert judge.preferences([], [], []) == []
     with pytest.raises(ConfigError):
         judge.preferences(["p"], ["a"], [])
+
+
+def test_equal_answers_are_a_tie_however_their_rewards_round() -> None:
+    drift = iter(range(100))
+    model = CallableReward("rounds", lambda prompts, answers: [1.0 + 1e-7 * next(drift) for _ in answers])
+    found = RewardPairJudge(model).preferences(["p", "q"], ["same", "one"], ["same", "other"])
+    assert [item.value for item in found] == [0.5, 0.0]
+    arms = [
+        ArmResult(name=name, metrics={}, answers={"p": "same", "q": text}, rewards={"p": 1.0 + gap, "q": 2.0 + gap})
+        for name, text, gap in (("a", "one", 1e-7), ("b", "other", 0.0))
+    ]
+    found = rewards_over(arms[0], arms[1], {"p": "?", "q": "?"}, "judge").preferences
+    assert {key: item.value for key, item in found.items()} == {"p": 0.5, "q": 1.0}
 
 
 def test_a_reward_that_is_not_finite_is_an_error() -> None:

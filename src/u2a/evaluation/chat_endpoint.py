@@ -175,8 +175,10 @@ class HttpEndpoint:
 
     @property
     def name(self) -> str:
-        """Model and host."""
-        return f"{self.model}@{urlsplit(self.url).netloc}"
+        """Model and host, and the path where it is not the usual one: a gateway may have a model behind each."""
+        parts = urlsplit(self.url)
+        path = parts.path.rstrip("/")
+        return f"{self.model}@{parts.netloc}{'' if path in ('', '/v1') else path}"
 
     def complete(self, messages: Sequence[Message]) -> str:
         """Reply; see :meth:`ChatEndpoint.complete`."""

@@ -14,7 +14,7 @@ from u2a.evaluation.arm import ArmResult, item_groups
 from u2a.evaluation.reward_value import REWARD_LENGTH_CONTROLLED, arm_agreement, length_controlled, prompt_agreement
 from u2a.evaluation.significance import sign_flip_test
 from u2a.evaluation.stats import Interval, bootstrap_mean, paired_difference, paired_perplexity_difference
-from u2a.evaluation.verdict import BEFORE, SOLUTION, verdict
+from u2a.evaluation.verdict import BEFORE, PRIMARY, SOLUTION, verdict
 from u2a.record import derive_seed
 from u2a.solution import Solution
 from u2a.types import Agreement, Contrast, EvalTable, Metric, Partition, RewardCard, Sample
@@ -68,8 +68,17 @@ def build_table(
         second_reward_card=reward_cards[1] if len(reward_cards) > 1 else None,
         agreements=_agreements(arms, reward_cards, groups, section.bootstrap, derive_seed(seed, "bootstrap")),
         collapsed=collapsed,
-        verdict=verdict(contrasts, solution, _collapse_words(arms.get(SOLUTION))),
+        verdict=verdict(contrasts, solution, _unchanged_words(arms) or _collapse_words(arms.get(SOLUTION))),
     )
+
+
+def _unchanged_words(arms: Mapping[str, ArmResult]) -> str | None:
+    """What speaks against a win of the solution: it is the start, so that only the other arm has moved."""
+    margins = [arms[name].metrics.get(PRIMARY) for name in (BEFORE, SOLUTION) if name in arms]
+    start, end = margins if len(margins) == 2 else (None, None)
+    if start is None or end is None or not end.values or start.values != end.values:
+        return None
+    return f"{SOLUTION} is where it started (the guard may have taken the change back), so nothing was unlearned"
 
 
 def _collapse_words(arm: ArmResult | None) -> str | None:
@@ -126,7 +135,8 @@ def contrasts_of(
     if same_rows and first.retain_tokens == second.retain_tokens:  # of other tokens perplexity is another quantity
         rows["retain_ppl"] = paired_perplexity_difference(
             first.retain_nll, second.retain_nll, first.retain_tokens, groups, resamples, seed
-        )
+        )  # of the same tokens: the summed NLL differs as perplexity does
+        flips["retain_ppl"] = sign_flip_test(_by_prompt(first.retain_nll, second.retain_nll, groups)).p
     return [
         Contrast(
             metric=metric,

@@ -155,8 +155,10 @@ METRICS: dict[str, MetricInfo] = {
         _MEMBER, _MIA_CAVEAT,
     ),
     "mia_reference": MetricInfo(
-        "none", "AUC", _MIA_RANGE, "AUC of the mean log-probability minus that of the reference (the start)",
-        _MEMBER, _MIA_CAVEAT,
+        "none", "AUC", "[0, 1], 0.5 is the start",
+        "AUC of the mean log-probability minus that of the reference (the start)", _MEMBER,
+        "what whoever holds the start can see: below 0.5 the forget rows fell more than unseen ones; where the start "
+        "had been trained on them, as after finetune, a model that never saw them is below 0.5, too",
     ),
     "privleak": MetricInfo(
         "none", "percent", "0 is ideal",

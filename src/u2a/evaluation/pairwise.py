@@ -47,7 +47,7 @@ def preferences_over(arm: ArmResult, baseline: ArmResult, prompts: Mapping[str, 
 
 
 def rewards_over(arm: ArmResult, baseline: ArmResult, prompts: Mapping[str, str], judge: str) -> Compared:
-    """Prefer the answer of higher reward; equal rewards are a tie.
+    """Prefer the answer of higher reward; equal rewards are a tie, and so are equal answers, however they round.
 
     Args:
         arm: the arm, with rewards.
@@ -59,7 +59,10 @@ def rewards_over(arm: ArmResult, baseline: ArmResult, prompts: Mapping[str, str]
         Preferences for the arm.
     """
     ids = [key for key in arm.rewards if key in baseline.rewards]
-    gaps = {key: arm.rewards[key] - baseline.rewards[key] for key in ids}
+    gaps = {
+        key: 0.0 if arm.answers[key] == baseline.answers[key] else arm.rewards[key] - baseline.rewards[key]
+        for key in ids
+    }
     found = {key: Preference(value=0.5 if gap == 0 else float(gap > 0)) for key, gap in gaps.items()}
     return Compared(judge, {key: prompts[key] for key in ids}, found)
 

@@ -62,7 +62,7 @@ class LengthControlled(Row):
 
 @dataclass(frozen=True)
 class RewardPairJudge:
-    """Prefers the answer of higher reward; equal rewards are a tie. Order does not matter.
+    """Prefers the answer of higher reward; equal rewards or answers are a tie. Order does not matter.
 
     Attributes:
         model: a reward model other than the one that selected.
@@ -84,7 +84,11 @@ class RewardPairJudge:
         rewards = self.model.score([*turns, *turns], [*first, *second]).tolist() if turns else []
         (bar or Quiet()).advance(len(turns))
         ours, theirs = rewards[: len(turns)], rewards[len(turns) :]
-        return [Preference(value=0.5 + 0.5 * np.sign(one - other)) for one, other in zip(ours, theirs, strict=True)]
+        gaps = [
+            0.0 if answer == other else reward - its
+            for answer, other, reward, its in zip(first, second, ours, theirs, strict=True)
+        ]
+        return [Preference(value=0.5 + 0.5 * np.sign(gap)) for gap in gaps]
 
 
 def win_rate(
