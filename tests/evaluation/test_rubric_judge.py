@@ -190,6 +190,13 @@ def test_no_connection_is_unscored(serve) -> None:
     assert (verdict.state, "no connection" in verdict.reason) == ("unscored", True)
 
 
+def test_models_behind_the_paths_of_one_gateway_are_told_apart() -> None:
+    """What they replied is kept by their names."""
+    urls = ("http://gw/v1", "http://gw/v1/", "http://gw", "http://gw/vendor-a/v1", "http://gw/vendor-b/v1")
+    names = [HttpEndpoint(url, "toy", None).name for url in urls]
+    assert names == ["toy@gw", "toy@gw", "toy@gw", "toy@gw/vendor-a/v1", "toy@gw/vendor-b/v1"]
+
+
 @pytest.mark.parametrize("body", ["[]", '{"choices": []}', '{"choices": [{"message": {"content": 3}}]}', "<html>"])
 def test_a_reply_of_another_shape_is_a_failure(body: str, monkeypatch) -> None:
     chat = HttpEndpoint("http://localhost/v1", "toy", None)
