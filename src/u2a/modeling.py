@@ -277,6 +277,10 @@ class Policy:
         values = zip(encoded, sums.float().tolist(), strict=True)
         self._reference_sums |= {self._precise_key(item): value for item, value in values}
 
+    def forget_reference_sums(self) -> None:
+        """Let the next one who needs a reference compute it."""
+        self._reference_sums.clear()
+
     def at_start(self) -> bool:
         """Whether the policy stands at theta_0, bit for bit."""
         start = self.theta0

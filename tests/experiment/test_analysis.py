@@ -13,10 +13,11 @@ import scipy.stats
 
 from fake_cells import GROUPS, PROMPTS, SEEDS, cells, measured, protocol
 from u2a.errors import ConfigError
+from u2a.evaluation.equal_utility import EqualUtility
 from u2a.experiment.analysis import analyse, area, break_even
 from u2a.experiment.cell import CellResult
 from u2a.experiment.estimates import Cells, figure_by_prompt, figure_by_seed, t_interval
-from u2a.experiment.measured import retain_ppl
+from u2a.experiment.measured import AtEqualPpl, retain_ppl
 
 
 def prompt_means(values: dict[str, float]) -> dict[str, float]:
@@ -98,6 +99,32 @@ def test_an_arm_that_nothing_was_done_to_wins_nothing() -> None:
         rows = analyse(single, "h", Cells(results, found.groups, found.starts)).contrasts
         assert [row.verdict for row in rows] == verdicts
         assert rows[0].n_untrained == ((8, 0) if idle == "a" else (0, 8))
+
+
+def test_a_change_that_was_scaled_to_nothing_wins_nothing_at_equal_utility() -> None:
+    search = EqualUtility(
+        scale=0.0,
+        cost=1.0,
+        start=1.0,
+        budget=1.1,
+        budget_frac=0.1,
+        tolerance=0.1,
+        evaluations=1,
+        path=(),
+        monotone=True,
+    )
+    metric = "preference_margin_at_equal_ppl"
+    single = protocol(families={"main": {"metric": metric, "level": 4.0, "contrasts": [["a", "b"]]}})
+    found = cells({"a": 2.0, "b": 0.0})
+    for scale, verdict in ((0.0, "not shown"), (0.5, "better")):
+        at = search.model_copy(update={"scale": scale})
+
+        def scaled(item: CellResult, at: EqualUtility = at) -> dict[str, object]:
+            return {"equal": AtEqualPpl(search=at, measured=item.levels[-1].measured)}
+
+        both = replaced(replaced(found, "a", scaled), "b", scaled)
+        row = analyse(single, "h", both).contrasts[0]
+        assert (row.verdict, row.n_untrained) == (verdict, (6, 6) if scale == 0.0 else (0, 0))
 
 
 @pytest.mark.parametrize(("shift", "arm", "verdict"), [

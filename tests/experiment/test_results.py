@@ -201,6 +201,22 @@ def test_what_a_collapsed_model_reaches_is_no_target() -> None:
     assert verdict.finding == "not shown" and verdict.why.count("a collapsed") == 6
 
 
+def test_a_collapsed_model_has_reached_nothing() -> None:
+    declared, found = statement(rule="cheaper", arms=["a", "b"], at_most=1.0), cells({"a": 8.0, "b": 0.5})
+    assert judge(declared, found, ())[0].finding == "shown"
+
+    def broken(item: CellResult) -> CellResult:
+        kind = "repetition" if item.arm == "a" else ""
+        levels = [
+            level.model_copy(update={"measured": level.measured.model_copy(update={"collapsed": kind})})
+            for level in item.levels
+        ]
+        return item.model_copy(update={"levels": tuple(levels)})
+
+    verdict = judge(declared, Cells([broken(item) for item in found.results], found.groups, found.starts), ())[0]
+    assert verdict.finding == "not shown" and verdict.why.count("not measured") == 6
+
+
 def test_an_arm_that_is_equivalent_to_the_start_is_not_no_worse() -> None:
     arms = {"a": {"method": "u2a"}, "b": {"method": "full"}, "o": {"method": "original"}}
     families = {"main": {"level": 4.0, "contrasts": [["a", "b"], ["a", "o"]]}}

@@ -85,6 +85,19 @@ def test_as_many_lowest_rewards_as_u2a_takes_free_of_charge() -> None:
         assert meter.spent().flops == plain_meter.spent().flops
 
 
+def test_as_many_lowest_rewards_as_u2a_takes_pay_for_their_own_references() -> None:
+    same = {"solve": {"fallback": "none"}, "unlearn": {"loss": "npo", "retain_term": "none"}}
+    spent = {}
+    for name in ("lowest_reward_as_u2a", "lowest_reward_k"):
+        trained, meter, _ = run(name, small_setting(forget=equal_length(12), **same), 2)
+        assert trained.selection is not None
+        spent[name] = meter.spent().flops["reference"] / len(trained.selection.weights)
+    assert (
+        spent["lowest_reward_as_u2a"] == pytest.approx(spent["lowest_reward_k"], rel=0.1)
+        and spent["lowest_reward_k"] > 0
+    )
+
+
 def test_highest_loss_takes_the_rows_with_the_largest_loss_of_transformers() -> None:
     setting = small_setting()
     losses = {}

@@ -10,6 +10,7 @@ from u2a.evaluation.significance import equivalence, holm, sign_flip_test, withi
 from u2a.experiment.cell import LevelResult
 from u2a.experiment.estimates import (
     BY_SEED,
+    EQUAL,
     LOWER_IS_BETTER,
     PROMPT_METRICS,
     Cells,
@@ -139,7 +140,7 @@ def _contrast(name: str, protocol: Protocol, task: str, arms: tuple[str, str], c
         n_prompts=n_prompts,
         n_lost=len(run) - len(means),
         n_missing=len(declared - run),
-        n_untrained=(_untrained(sides[0], means), _untrained(sides[1], means)),
+        n_untrained=(_untrained(family.metric, sides[0], means), _untrained(family.metric, sides[1], means)),
         n_collapsed=(_collapsed(family.metric, sides[0], means), _collapsed(family.metric, sides[1], means)),
         p=sign_flip_test(means).p if means else None,
         margin=margin,
@@ -147,8 +148,14 @@ def _contrast(name: str, protocol: Protocol, task: str, arms: tuple[str, str], c
     )
 
 
-def _untrained(side: Mapping[int, LevelResult], means: Mapping[str, float]) -> int:
-    return sum(found.untrained for seed, found in side.items() if str(seed) in means)
+def _untrained(metric: str, side: Mapping[int, LevelResult], means: Mapping[str, float]) -> int:
+    """On how many seeds a metric is that of the start; a change that was scaled to nothing is none."""
+    undone = {
+        seed: found.untrained
+        or (metric.endswith(EQUAL) and found.equal is not None and found.equal.search.scale == 0.0)
+        for seed, found in side.items()
+    }
+    return sum(undone[seed] for seed in undone if str(seed) in means)
 
 
 def _collapsed(metric: str, side: Mapping[int, LevelResult], means: Mapping[str, float]) -> int:

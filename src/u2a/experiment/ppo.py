@@ -10,7 +10,6 @@ moves by the surrogate alone; its bias starts at the mean score of the first ans
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_constant_schedule_with_warmup
+from transformers import PreTrainedModel
 
 from u2a.config import UnlearnSection
 from u2a.encoding import Batch, Encoded
@@ -116,8 +115,6 @@ class PpoTrainer:
             if section.optimizer == "sgd"
             else torch.optim.AdamW(groups, eps=section.adam_epsilon, weight_decay=0.0)
         )
-        warmup = math.ceil(section.warmup_ratio * section.max_steps)
-        self.schedule = get_constant_schedule_with_warmup(self.optimizer, warmup)
 
     def look(self, batch: Batch) -> Pass:
         """Pass over answers.
@@ -161,7 +158,6 @@ class PpoTrainer:
         norm = nn.utils.clip_grad_norm_(parameters, self.section.max_grad_norm)
         nn.utils.clip_grad_norm_(head, self.section.max_grad_norm)
         self.optimizer.step()
-        self.schedule.step()
         self.steps += 1
         return StepLog(step=self.steps, loss=float(policy.loss.detach()), grad_norm=float(norm))
 

@@ -133,17 +133,21 @@ def _share(
     the first arm before it reaches the target is still within the share, nothing is known.
 
     Returns:
-        The answer and the share. What a collapsed model reaches is nothing to reach: the answer is None.
+        The answer and the share. What a collapsed model reaches is nothing to reach, and has not been reached by it:
+        where the second arm ends so, the answer is None, and other points of such models do not count.
     """
 
     def mean(values: Mapping[str, float]) -> float:
         return fmean(cells.prompts(first.task, first.seed, dict(values)).values())
 
-    last = measured_for(section.metric, second.levels[-1]) if second.levels else None
-    if last is not None and last.collapsed:
+    if second.levels and _broken(section.metric, second.levels[-1]):
         return None, f"{second.arm} collapsed"
     found = [
-        [(mean(values), level) for level in cell.levels if (values := values_of(section.metric, level))]
+        [
+            (mean(values), level)
+            for level in cell.levels
+            if (values := values_of(section.metric, level)) and not _broken(section.metric, level)
+        ]
         for cell in (first, second)
     ]
     if not all(found):
@@ -160,6 +164,12 @@ def _share(
         return True, f"{shares[at]:.2f}"
     before = shares[at - 1] if at else 0.0
     return (False if before >= section.at_most else None), f"{before:.2f} to {shares[at]:.2f}"
+
+
+def _broken(metric: str, level: LevelResult) -> bool:
+    """Whether the policy that was measured for a metric had collapsed."""
+    found = measured_for(metric, level)
+    return found is not None and bool(found.collapsed)
 
 
 def _spent(section: StatementSection, level: LevelResult) -> float:

@@ -239,8 +239,7 @@ def choose_random_late(setting: Setting, problem: InnerProblem, meter: Meter) ->
 def choose_lowest_reward(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
     """The k candidates of lowest reward under the selecting reward model."""
     with meter.phase("reward"):
-        rewards = rewards_of(setting, problem.forget)
-    return _uniform(lowest(rewards, _size(setting, problem))), ""
+        return _uniform(lowest(rewards_of(setting, problem.forget), _size(setting, problem))), ""
 
 
 def choose_lowest_reward_as_many(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
@@ -248,6 +247,7 @@ def choose_lowest_reward_as_many(setting: Setting, problem: InnerProblem, meter:
     with meter.paused():
         size = len(choose_by_u2a(setting, problem, Meter())[0].weights)
         setting.policy.reset()
+        setting.policy.forget_reference_sums()  # this arm pays for its own
     with meter.phase("reward"):
         return _uniform(lowest(rewards_of(setting, problem.forget), size)), ""
 
