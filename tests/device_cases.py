@@ -23,6 +23,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from experiment.small_experiment import write_experiment
 from inner_oracle import quiet
+from second_device import second_device
 from tiny import examples, pairs, save_tiny, save_tiny_encoder, tiny_policy, tiny_tokenizer
 from u2a.bilevel.outer_problem import OuterProblem
 from u2a.bilevel.solve import solve
@@ -371,8 +372,6 @@ def _raises(act: Callable[[], Any]) -> bool:
 def on_the_second_device(out: Path, names: list[str]) -> None:
     """Compute cases on the second device and write them down."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "far"  # what accelerate finds by itself on a machine that has one
-    from second_device import second_device  # registers the device in this process for good
-
     torch.set_num_threads(1)
     with second_device():
         found = {"the device itself": refusals("far")} | {name: computed(name, "far") for name in names}

@@ -5,21 +5,22 @@ dispatcher computes on what is held, wraps what comes out, and refuses what a GP
 (numbers without dimensions, indices and copies are let through, as there), generators of the CPU for draws on the
 device, and ``numpy`` of its tensors. It says nothing about kernels, precision, streams or memory.
 
-Importing it registers the device in this process for good: import it in a process of its own.
+Its first use registers the device in the process for good: use it in a process of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 
 class _Module:
@@ -56,8 +57,7 @@ class _Module:
         return [torch.bfloat16, torch.float16]
 
 
-_setup_privateuseone_for_python_backend("far", _Module())
-FAR = torch.device("far:0")
+FAR = "far"
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten._local_scalar_dense.default)
 _INDEXING = (  # what is indexed, indices, and in some values
     torch.ops.aten.index.Tensor,
@@ -84,7 +84,12 @@ class Far(Tensor):
     def __new__(cls: type[Far], held: Tensor) -> Far:  # noqa: PYI034
         """A wrapper around values in CPU memory."""
         made = Tensor._make_wrapper_subclass(
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=FAR
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device(FAR, 0),
         )
         made.held = held
         return cast(Far, made)
@@ -126,7 +131,7 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     far = any(isinstance(value, Far) for value in operands)
     wanted = kwargs.get("device")
     wanted = None if wanted is None else torch.device(wanted)
-    if not far and (wanted is None or wanted.type != FAR.type):
+    if not far and (wanted is None or wanted.type != FAR):
         return func(*args, **kwargs)
     if far and _mixed(func, args, operands):
         raise Mixed(
@@ -134,12 +139,12 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"({func}: {[(type(each).__name__, tuple(each.shape)) for each in operands]})"
         )
     generator = kwargs.get("generator")
-    if generator is not None and generator.device.type != FAR.type:
-        raise Mixed(f"Expected a '{FAR.type}' device type for generator but found '{generator.device.type}' ({func})")
+    if generator is not None and generator.device.type != FAR:
+        raise Mixed(f"Expected a '{FAR}' device type for generator but found '{generator.device.type}' ({func})")
     if func is torch.ops.aten._fused_sdp_choice.default:
         return 0  # the kernel written out; the others have operators of their own on every device
-    stays = wanted is not None and wanted.type != FAR.type  # a copy to another device
-    if wanted is not None and wanted.type == FAR.type:
+    stays = wanted is not None and wanted.type != FAR  # a copy to another device
+    if wanted is not None and wanted.type == FAR:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
@@ -177,8 +182,13 @@ def _made_there(func: Any, *args: Any, **kwargs: Any) -> Any:
     return compute(func, args, kwargs)
 
 
-_LIBRARY = torch.library.Library("_", "IMPL")
-_LIBRARY.fallback(_made_there, "PrivateUse1")
+@cache
+def _registered() -> torch.library.Library:
+    """Make the device known to torch, once."""
+    backend_registration._setup_privateuseone_for_python_backend(FAR, _Module())
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(_made_there, "PrivateUse1")
+    return library
 
 
 def _pinned(value: Tensor, device: Any = None) -> Tensor:
@@ -194,12 +204,13 @@ def second_device() -> Iterator[torch.device]:
     Yields:
         The device.
     """
+    _registered()
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=far): made on the CPU, then copied
     try:
         with patch.object(Tensor, "pin_memory", _pinned):
-            yield FAR
+            yield torch.device(FAR, 0)
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
         torch.__future__.set_swap_module_params_on_conversion(swap)
