@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 
+from u2a.evaluation.equal_utility import EqualUtility
 from u2a.experiment.cell import CellResult, LevelResult
 from u2a.experiment.estimates import Cells
 from u2a.experiment.measured import Measured
@@ -93,3 +94,18 @@ def cells(shifts: dict[str, float], failed: tuple[str, int] | None = None, seeds
     ]
     starts = {("one", seed): measured(np.random.default_rng(seed), 0.0) for seed in seeds}
     return Cells(results, {("one", seed): GROUPS for seed in seeds}, starts)
+
+
+def found_scale(scale: float) -> EqualUtility:
+    """A search within the perplexity budget that ended at a scale of the change."""
+    return EqualUtility(
+        scale=scale,
+        cost=1.0,
+        start=1.0,
+        budget=1.1,
+        budget_frac=0.1,
+        tolerance=0.1,
+        evaluations=1,
+        path=(),
+        monotone=True,
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fake_cells import GROUPS, PROMPTS, SEEDS, cells, measured, protocol
+from fake_cells import GROUPS, PROMPTS, SEEDS, cells, found_scale, measured, protocol
 from u2a.errors import ConfigError
 from u2a.evaluation.equal_utility import EqualUtility
 from u2a.experiment.analysis import analyse, area, break_even
@@ -102,22 +102,11 @@ def test_an_arm_that_nothing_was_done_to_wins_nothing() -> None:
 
 
 def test_a_change_that_was_scaled_to_nothing_wins_nothing_at_equal_utility() -> None:
-    search = EqualUtility(
-        scale=0.0,
-        cost=1.0,
-        start=1.0,
-        budget=1.1,
-        budget_frac=0.1,
-        tolerance=0.1,
-        evaluations=1,
-        path=(),
-        monotone=True,
-    )
     metric = "preference_margin_at_equal_ppl"
     single = protocol(families={"main": {"metric": metric, "level": 4.0, "contrasts": [["a", "b"]]}})
     found = cells({"a": 2.0, "b": 0.0})
     for scale, verdict in ((0.0, "not shown"), (0.5, "better")):
-        at = search.model_copy(update={"scale": scale})
+        at = found_scale(scale)
 
         def scaled(item: CellResult, at: EqualUtility = at) -> dict[str, object]:
             return {"equal": AtEqualPpl(search=at, measured=item.levels[-1].measured)}

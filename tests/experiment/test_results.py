@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fake_cells import SEEDS, cell, cells, protocol
+from fake_cells import SEEDS, cell, cells, found_scale, protocol
 from u2a.errors import ConfigError
-from u2a.evaluation.equal_utility import EqualUtility
 from u2a.experiment.analysis import analyse
 from u2a.experiment.cell import CellResult
 from u2a.experiment.estimates import Cells
@@ -150,17 +149,7 @@ def test_cheaper_within_the_bound_on_perplexity_reads_the_scaled_policy() -> Non
     declared = statement(rule="cheaper", arms=["a", "b"], at_most=0.3, metric="preference_margin_at_equal_ppl")
     found = cells({"a": 8.0, "b": 0.5})
     assert judge(declared, found, ())[0].why.count("not measured") == 6
-    search = EqualUtility(
-        scale=0.5,
-        cost=1.0,
-        start=1.0,
-        budget=1.1,
-        budget_frac=0.1,
-        tolerance=0.1,
-        evaluations=1,
-        path=(),
-        monotone=True,
-    )
+    search = found_scale(0.5)
 
     def scaled(item: CellResult) -> CellResult:  # b's change is undone at its end: it has then what it had before
         at = [level.measured for level in item.levels]
