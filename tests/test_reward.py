@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from tiny import ask, examples, pairs, save_tiny, save_tiny_encoder, tiny_model, tiny_policy, tiny_tokenizer
+from u2a.card_words import in_words
 from u2a.cli import main
 from u2a.config import RewardSection
 from u2a.config_base import count_of
@@ -177,6 +178,27 @@ def test_embedding_reward_learns_saves_and_loads(encoder_folder: str, tmp_path) 
     assert again.name == model.name
     singly = torch.cat([model.score([prompt], [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
     torch.testing.assert_close(model.score(prompts, answers), singly)
+
+
+def test_a_saved_head_s_card_leaves_out_what_it_was_trained_on(encoder_folder: str, tmp_path) -> None:
+    train, fresh = pairs(12), pairs(6, start=100)
+    model = load_embedding_reward(train_embedding_reward(Embedder(encoder_folder), train).save(tmp_path / "head"))
+    mixed, alone = reward_card(model, [*train[:5], *fresh], 0), reward_card(model, fresh, 0)
+    assert (mixed.n_pairs, mixed.n_trained_on, mixed.n_train) == (6, 5, 12)
+    assert mixed.model_copy(update={"n_trained_on": 0}) == alone
+    assert "trained on the prompts of 5 further pairs" in in_words(mixed) and "further" not in in_words(alone)
+    nothing = reward_card(model, train, 0)
+    assert nothing.pair_accuracy is None and (nothing.n_pairs, nothing.n_trained_on) == (0, 12)
+    assert "not measured (0 held-out pairs; it was trained on the prompts of 12" in in_words(nothing)
+
+
+def test_a_head_from_before_prompts_were_kept_is_read(encoder_folder: str, tmp_path) -> None:
+    folder = train_embedding_reward(Embedder(encoder_folder), pairs(8)).save(tmp_path / "head")
+    about = json.loads((folder / "head.json").read_text())
+    assert len(about.pop("prompts")) == 8
+    (folder / "head.json").write_text(json.dumps(about))
+    model = load_embedding_reward(folder)
+    assert model.head.prompts == frozenset() and reward_card(model, pairs(8), 0).n_pairs == 8
 
 
 def test_embedding_reward_reads_the_prompt(encoder_folder: str) -> None:

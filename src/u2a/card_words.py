@@ -19,8 +19,9 @@ def in_words(card: RewardCard) -> str:
         One or more short clauses, for example ``barely better than a coin``.
     """
     value, low, high = card.pair_accuracy, card.pair_accuracy_low, card.pair_accuracy_high
+    known = f"it was trained on the prompts of {card.n_trained_on} further pairs, which are left out"
     if value is None or low is None or high is None:
-        return f"not measured ({card.n_pairs} held-out pairs)"
+        return f"not measured ({card.n_pairs} held-out pairs{'; ' + known if card.n_trained_on else ''})"
     if high < 0.5:
         clauses = ["worse than a coin: it prefers the rejected answers"]
     elif low <= 0.5:
@@ -37,4 +38,6 @@ def in_words(card: RewardCard) -> str:
     rank = card.length_rank_correlation
     if rank is not None and ends[0] is not None and ends[1] is not None and ends[0] * ends[1] > 0 and abs(rank) >= 0.3:
         clauses.append(f"it favours {'long' if rank > 0 else 'short'} answers")
+    if card.n_trained_on:
+        clauses.append(known)
     return "; ".join(clauses)

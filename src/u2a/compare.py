@@ -18,6 +18,8 @@ from u2a.evaluation.arm import ArmResult, item_groups
 from u2a.evaluation.evaluate import contrasts_of
 from u2a.evaluation.metrics import info
 from u2a.record import Record, write_whole
+from u2a.reward.analysis import TRAINED_HERE, split_reward_pairs
+from u2a.reward.lm_head import HIDDEN_LENGTH
 from u2a.run_records import RunRecords
 from u2a.types import Contrast, EvalTable, Metric
 
@@ -101,6 +103,14 @@ def compare_runs(folders: Sequence[str | Path], arm: str = "after") -> Compariso
 COHERENCE = ("coherence", "coherence_minilm")
 ANSWERS = ("refusal_rate", "degenerate_rate", "answer_words", *COHERENCE, "echo_rate", "distinct_2")
 JUDGED = ("asr", "over_refusal", "incoherent_rate")
+BY_TOKEN = (
+    "preference_accuracy",
+    "preference_margin",
+    "retain_ppl",
+    "verbatim_memorisation",
+    "exact_memorisation",
+    "extraction_strength",
+)
 REWARDS = ("reward", "reward_second")
 UNPAIRED = "no values in both runs that could be paired"
 
@@ -112,9 +122,6 @@ def _barred(run: _Run, first: _Run) -> dict[str, tuple[str, ...]]:
     same_seed = one.evaluation.temperature == 0 or one.seed == other.seed
     decoding = same_seed and all(getattr(one.evaluation, name) == getattr(other.evaluation, name) for name in drawn)
     judge = one.evaluation.judge == other.evaluation.judge
-    data = run.records.partition.fingerprint == first.records.partition.fingerprint and one.seed == other.seed
-    models = ("eval_model", "eval_name_or_path", "second_model", "second_name_or_path")
-    reward = data and all(getattr(one.reward, name) == getattr(other.reward, name) for name in models)
     barred: dict[str, tuple[str, ...]] = {}
     if not decoding:
         barred["answers were drawn under another rule"] = (*ANSWERS, *JUDGED, *REWARDS)
@@ -122,9 +129,35 @@ def _barred(run: _Run, first: _Run) -> dict[str, tuple[str, ...]]:
         barred["another embedder"] = COHERENCE
     if not judge:
         barred["another judge"] = JUDGED
-    if not reward:
-        barred["the reward models were trained on other pairs, or are others"] = REWARDS
+    if not _same_tokens(run, first):
+        barred["texts were tokenised or cut in another way"] = BY_TOKEN
+    models = zip(REWARDS, _reward_models(run), _reward_models(first), strict=True)
+    others = tuple(name for name, left, right in models if left != right)
+    if others:
+        barred["the reward models were trained on other pairs, or are others"] = others
     return barred
+
+
+def _same_tokens(run: _Run, first: _Run) -> bool:
+    """Whether two runs count the same tokens, by the rows both measured; without such rows by the model's name."""
+    one, other = run.records.config, first.records.config
+    if one.data.max_length != other.data.max_length:
+        return False
+    tokens, others = run.result.retain_tokens, first.result.retain_tokens
+    shared = tokens.keys() & others.keys()
+    if shared:
+        return all(tokens[name] == others[name] for name in shared)
+    return one.model.name_or_path == other.model.name_or_path
+
+
+def _reward_models(run: _Run) -> tuple[object, object]:
+    """What decides the reward models of a run's evaluation, the first one and the second."""
+    section, pairs = run.records.config.reward, split_reward_pairs(run.records.partition.reward)[1]
+    named = (section.eval_model, section.eval_name_or_path), (section.second_model, section.second_name_or_path)
+    ids = [pair.id for pair in pairs]
+    read = max(HIDDEN_LENGTH, run.records.config.data.max_length)  # tokens, of models that read so many
+    first, second = ((*names, read, ids if names[0] in TRAINED_HERE else None) for names in named)
+    return first, second
 
 
 def _unpaired(measured: Sequence[dict[str, Metric]], barred: set[str], paired: set[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from u2a.config import RewardSection
 from u2a.config_evaluation import JudgeSection, RobustnessSection
-from u2a.data import example_id, prompt_key, read_examples
+from u2a.data import prompt_key, read_examples
 from u2a.early_checks import VERDICTS, check_early
 from u2a.errors import ConfigError
 from u2a.evaluation.answer_cache import AnswerCache
@@ -43,9 +43,10 @@ from u2a.jsonl_cache import JsonlCache
 from u2a.model_loading import load_model
 from u2a.modeling import Params, Policy
 from u2a.named_content import judging_content, named_content
-from u2a.pipeline import NOT_UNLEARNED, SOLUTION_ARM, TRAINED_HERE, Pipeline
+from u2a.partition import candidate
+from u2a.pipeline import NOT_UNLEARNED, SOLUTION_ARM, Pipeline
 from u2a.record import content_id, derive_seed
-from u2a.reward.analysis import build_reward_model, split_reward_pairs
+from u2a.reward.analysis import TRAINED_HERE, build_reward_model, split_reward_pairs
 from u2a.reward.base import RewardModel, prompt_text
 from u2a.reward.card import reward_card
 from u2a.robustness.attacks import PROMPT_ATTACKS, PromptAttack, Turns, load_paraphrases
@@ -99,10 +100,7 @@ class EvaluationStage:
         if data.holdout is not None:
             rows = read_examples(data.holdout, data, good=False, name="holdout")
         elif from_pairs:
-            rows = [
-                Example(id=example_id(pair.prompt, pair.rejected), prompt=pair.prompt, completion=pair.rejected)
-                for pair in partition.evaluation
-            ]
+            rows = [candidate(pair, self._config.partition.mislabelled_frac) for pair in partition.evaluation]
         else:
             return ()
         if self._config.evaluation.forget_rows == 0 or not rows:

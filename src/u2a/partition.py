@@ -264,7 +264,8 @@ def _cut(items: list[_Item], section: PartitionSection, own: set[str], dropped: 
         rest = {item.key for item in out.pop("")}
         items = [item for item in items if item.key in rest]
     out |= _assigned(items, shares)
-    out["forget"] = [_candidate(item, section.mislabelled_frac) for item in out.get("forget", ())]
+    pairs = [(item, item.row) for item in out.get("forget", ()) if isinstance(item.row, Pair)]  # all of them are
+    out["forget"] = [replace(item, row=candidate(row, section.mislabelled_frac)) for item, row in pairs]
     return out
 
 
@@ -278,13 +279,20 @@ def _assigned(items: list[_Item], shares: Mapping[str, float]) -> dict[str, list
     return out
 
 
-def _candidate(item: _Item, mislabelled: float) -> _Item:
-    """Return a pair's rejected answer as a negative; in this share of the prompts the chosen one instead."""
-    pair = item.row
-    assert isinstance(pair, Pair)
-    text = pair.chosen if _place(item.key, "mislabelled") < mislabelled else pair.rejected
+def candidate(pair: Pair, mislabelled_frac: float) -> Example:
+    """Make a negative of a pair, as for the candidates that are cut from pairs.
+
+    Args:
+        pair: the pair.
+        mislabelled_frac: share of prompts, by hash, whose chosen answer is taken for a bad one.
+
+    Returns:
+        Its rejected answer, or the chosen one.
+    """
+    mislabelled = _place(prompt_key(pair.prompt), "mislabelled") < mislabelled_frac
+    text = pair.chosen if mislabelled else pair.rejected
     key = example_id(pair.prompt, text)
-    return replace(item, row=Example(id=key, prompt=pair.prompt, completion=text, kind=pair.kind, source=pair.source))
+    return Example(id=key, prompt=pair.prompt, completion=text, kind=pair.kind, source=pair.source)
 
 
 def _capped(name: str, items: list[_Item], most: int | None, dropped: Counter[str]) -> list[_Item]:

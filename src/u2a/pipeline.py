@@ -34,7 +34,7 @@ from u2a.packaged import is_converted
 from u2a.partition import describe, partition
 from u2a.progress import Console
 from u2a.record import content_id, derive_seed, writing
-from u2a.reward.analysis import analyse, build_reward_model, split_reward_pairs
+from u2a.reward.analysis import TRAINED_HERE, analyse, build_reward_model, split_reward_pairs
 from u2a.reward.base import RewardModel
 from u2a.reward.cluster import candidate_clusters
 from u2a.solution import ScoreTable, Solution
@@ -44,7 +44,6 @@ from u2a.trackers import Tracker
 from u2a.types import Partition, RewardTable, UnlearnResult
 from u2a.unlearn import InnerProblem, InnerSolver
 
-TRAINED_HERE = ("embedding", "language_model", "implicit")  # reward models that are fitted on the run's own pairs
 PROBE_PROMPTS = 8  # answered once per round of selection
 
 

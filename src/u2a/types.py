@@ -130,11 +130,12 @@ class RewardCard(Row):
 
     Attributes:
         name: a readable name.
-        n_train: pairs it was trained on here (0 = pretrained).
+        n_train: pairs it was trained on, here or as a saved head (0 = pretrained).
         pair_accuracy: share of held-out pairs ranked rightly, or None without pairs.
         pair_accuracy_low, pair_accuracy_high: 95 % interval, Wilson's, or from resampling prompts where they repeat.
         n_pairs: held-out pairs counted.
         n_prompts: their prompts.
+        n_trained_on: further held-out pairs, which do not count: a saved head was trained on their prompts.
         ece: expected calibration error over ``n_bins`` bins of equal mass, in [0, 1/2] for a model of any worth.
         ece_if_calibrated: the ECE which a calibrated model with the same confidences would show on so few pairs;
             an ``ece`` near it is no evidence of miscalibration.
@@ -153,6 +154,7 @@ class RewardCard(Row):
     pair_accuracy_high: float | None = None
     n_pairs: int = 0
     n_prompts: int = 0
+    n_trained_on: int = 0
     ece: float | None = None
     ece_if_calibrated: float | None = None
     n_bins: int = 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from e2e.conftest import pair_rows
+from tiny import save_tiny_encoder
 from u2a.checkpoint import verify
 from u2a.cli import main
-from u2a.compare import Comparison
+from u2a.compare import Comparison, compare_runs
 from u2a.config_file import load_config
 from u2a.data import prompt_key
 from u2a.evaluation.arm import ArmResult
@@ -237,6 +240,45 @@ def test_compare_pairs_the_runs_on_shared_prompts(
     page = tmp_path / "compared.html"
     assert main(["compare", str(tmp_path / "npo"), str(tmp_path / "ga"), "--out", str(page)]) == 0
     assert "Content-Security-Policy" in page.read_text() and "<script" not in page.read_text()
+
+
+def test_compare_bars_what_is_another_quantity_in_two_runs(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    own = ["--set", "reward.eval_model=embedding", "--set", f"reward.eval_name_or_path={tmp_path / 'encoder'}"]
+    shares = {"forget": 0.3, "preference": 0.2, "reward": 0.3, "evaluation": 0.2}
+    own += [text for name, share in shares.items() for text in ("--set", f"partition.{name}_frac={share}")]
+    save_tiny_encoder(tmp_path / "encoder")
+    assert main(["run", str(tiny_config()), "--quiet", "--set", f"output_dir={tmp_path / 'a'}", *own]) == 0
+    options = (tmp_path / "a" / "run.yaml").read_text()
+
+    def other(change: Callable[[str], str], without: bool = False) -> Comparison:
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        (tmp_path / "b" / "run.yaml").write_text(change(options))
+        if without:
+            arm = ArmResult.load(tmp_path / "b" / "arms" / "after.json")
+            arm.model_copy(update={"retain_nll": {}, "retain_tokens": {}}).save(tmp_path / "b" / "arms" / "after.json")
+        return compare_runs([tmp_path / "a", tmp_path / "b"])
+
+    alike = other(lambda text: text)
+    assert {"preference_margin", "retain_ppl", "reward"} <= {item.metric for item in alike.contrasts}
+    assert not any("(texts" in text or "(the reward" in text for text in alike.left_out)
+    seed = other(lambda text: re.sub(r"(?m)^seed: \d+", "seed: 77", text))  # the same pairs, so the same heads
+    assert "reward" in {item.metric for item in seed.contrasts}
+    longer = other(lambda text: re.sub(r"max_length: \d+", "max_length: 400", text))
+    assert not {"preference_margin", "retain_ppl"} & {item.metric for item in longer.contrasts}
+    assert any("preference_margin" in text and "cut in another way" in text for text in longer.left_out)
+    elsewhere = other(lambda text: re.sub(r"(?m)^(model:\n(?:  .*\n)*?  name_or_path: ).*", r"\1elsewhere", text))
+    assert "preference_margin" in {item.metric for item in elsewhere.contrasts}, "the rows have the same tokens"
+    unknown = other(lambda text: re.sub(r"(?m)^(model:\n(?:  .*\n)*?  name_or_path: ).*", r"\1elsewhere", text), True)
+    assert "preference_margin" not in {item.metric for item in unknown.contrasts}
+
+
+def test_the_default_holdout_is_of_the_candidates_kind(tiny_config: Callable[..., Path]) -> None:
+    for share, answers in ((0.0, "rejected"), (1.0, "chosen")):
+        config = load_config(tiny_config(partition={"mislabelled_frac": share}, evaluation={"forget_rows": 4}))
+        stage = EvaluationStage(Pipeline(config, Console(quiet=True)))
+        held_out = Partition.load(Path(config.output_dir) / "partition.json").evaluation
+        assert sorted(row.completion for row in stage.holdout) == sorted(getattr(pair, answers) for pair in held_out)
 
 
 def test_wrong_calls_end_with_one_clear_line(

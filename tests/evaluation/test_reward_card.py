@@ -81,7 +81,7 @@ def test_model_that_says_one_half_is_a_coin() -> None:
 
 def test_card_without_pairs_is_undefined_not_zero() -> None:
     card = reward_card(LENGTH, [], 0)
-    numbers = card.model_dump(exclude={"name", "n_train", "n_pairs", "n_prompts", "n_bins"})
+    numbers = card.model_dump(exclude={"name", "n_train", "n_pairs", "n_prompts", "n_trained_on", "n_bins"})
     assert set(numbers.values()) == {None}
     assert (card.n_pairs, card.n_prompts, card.n_bins) == (0, 0, 0)
     assert in_words(card) == "not measured (0 held-out pairs)"

@@ -21,10 +21,10 @@ from u2a.finetune import finetune, mixture
 from u2a.model_loading import load_model, pick_device
 from u2a.modeling import Policy
 from u2a.partition import read_inputs
-from u2a.pipeline import TRAINED_HERE, Pipeline
+from u2a.pipeline import Pipeline
 from u2a.progress import Console, Quiet
 from u2a.record import Record, content_id, derive_seed
-from u2a.reward.analysis import build_reward_model, split_reward_pairs
+from u2a.reward.analysis import TRAINED_HERE, build_reward_model, split_reward_pairs
 from u2a.reward.base import RewardModel
 from u2a.reward.card import reward_card
 from u2a.reward.embedding import EmbeddingReward

@@ -24,6 +24,8 @@ from u2a.reward.loading import load_reward_model
 from u2a.reward.models import VALUE_LENGTH
 from u2a.types import Example, Pair, RewardRow, RewardTable
 
+TRAINED_HERE = ("embedding", "language_model", "implicit")  # reward models that are fitted on the run's own pairs
+
 
 def build_reward_model(
     section: RewardSection,

@@ -17,6 +17,7 @@ from u2a.data import prompt_key
 from u2a.evaluation.stats import Interval, bootstrap_mean, rate_interval
 from u2a.reward.association import association, pearson, spearman
 from u2a.reward.base import RewardModel
+from u2a.reward.head import BradleyTerryHead
 from u2a.types import Pair, RewardCard
 
 COIN_BRIER = 0.25  # of a model that says one half of every pair
@@ -46,8 +47,8 @@ def reward_card(
 
     Args:
         model: the reward model; Brier score and log loss take its unit for log odds (nats), as Bradley-Terry does.
-        pairs: held-out pairs; a tie counts one half.
-        n_train: pairs it was trained on (0 = pretrained).
+        pairs: held-out pairs; a tie counts one half. Those on prompts that a saved head was trained on are left out.
+        n_train: pairs it was trained on here (a saved head knows its own).
         resamples: bootstrap resamples, >= 1.
         seed: seed of the resampling.
 
@@ -58,6 +59,13 @@ def reward_card(
     Raises:
         NonFiniteError: a reward is not finite.
     """
+    head = getattr(model, "head", None)
+    if isinstance(head, BradleyTerryHead):
+        n_train = n_train or head.n_train
+        fresh = [pair for pair in pairs if prompt_key(pair.prompt) not in head.prompts]
+    else:
+        fresh = list(pairs)
+    n_trained_on, pairs = len(pairs) - len(fresh), fresh
     n = len(pairs)
     prompts = [pair.prompt for pair in pairs]
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -81,6 +89,7 @@ def reward_card(
         n_train=n_train,
         n_pairs=n,
         n_prompts=len(set(keys)),
+        n_trained_on=n_trained_on,
         ece=calibrated.ece,
         ece_if_calibrated=calibrated.ece_if_calibrated,
         n_bins=calibrated.n_bins,

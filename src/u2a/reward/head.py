@@ -61,6 +61,7 @@ class _About(Row):
     l2: float
     n_train: int
     cv_log_loss: float
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class BradleyTerryHead:
         l2: penalty chosen.
         n_train: pairs it was fitted on.
         cv_log_loss: cross-validated log loss per pair in nats at ``l2`` (log 2 = no better than a coin).
+        prompts: keys of the prompts it was fitted on (hashes); none for a head from before they were kept.
     """
 
     weights: np.ndarray
@@ -82,6 +84,7 @@ class BradleyTerryHead:
     l2: float
     n_train: int
     cv_log_loss: float
+    prompts: frozenset[str] = frozenset()
 
     def score(self, features: np.ndarray) -> np.ndarray:
         """Rewards of feature rows.
@@ -182,7 +185,8 @@ def fit_head(chosen: np.ndarray, rejected: np.ndarray, prompts: Sequence[str], f
     bound = means[best] + float(losses[best].std()) / len(prompts) ** 0.5
     chosen_l2 = max(index for index, mean in enumerate(means) if mean <= bound)
     weights = fit_bradley_terry(differences, L2_GRID[chosen_l2])
-    return BradleyTerryHead(weights, centre, scale, L2_GRID[chosen_l2], len(prompts), means[chosen_l2])
+    fitted = L2_GRID[chosen_l2], len(prompts), means[chosen_l2], frozenset(names)
+    return BradleyTerryHead(weights, centre, scale, *fitted)
 
 
 def _cv_log_losses(differences: np.ndarray, fold: np.ndarray, l2: float) -> np.ndarray:
@@ -237,7 +241,14 @@ def save_head(folder: str | Path, head: BradleyTerryHead, base: HeadBase, card: 
     """
     refuse_taken(folder)
     target = Path(folder).resolve()
-    about = _About(format=_FORMAT, base=base, l2=head.l2, n_train=head.n_train, cv_log_loss=head.cv_log_loss)
+    about = _About(
+        format=_FORMAT,
+        base=base,
+        l2=head.l2,
+        n_train=head.n_train,
+        cv_log_loss=head.cv_log_loss,
+        prompts=tuple(sorted(head.prompts)),
+    )
     aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     aside.mkdir(parents=True)
     try:
@@ -283,7 +294,8 @@ def load_head(folder: str | Path) -> tuple[BradleyTerryHead, HeadBase]:
         raise ModelError(f"{folder}: no readable reward head there (tensors of shapes that do not fit)")
     if not all(np.isfinite(tensor).all() for tensor in (weights, centre, scale)) or scale[0] <= 0:
         raise ModelError(f"{folder}: no readable reward head there (weights not finite, or a scale not above 0)")
-    return BradleyTerryHead(weights, centre, scale, about.l2, about.n_train, about.cv_log_loss), about.base
+    fitted = about.l2, about.n_train, about.cv_log_loss, frozenset(about.prompts)
+    return BradleyTerryHead(weights, centre, scale, *fitted), about.base
 
 
 def refuse_other_base(folder: str | Path, base: HeadBase, fingerprint: str) -> None:
