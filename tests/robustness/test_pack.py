@@ -248,6 +248,22 @@ def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
     )
 
 
+def test_a_share_withheld_of_a_broken_start_is_undefined_there_and_kept_of_the_others() -> None:
+    shares = {"incoherent": {"a": 0.0, "b": 0.0}, "refused": {"a": 1.0, "b": 0.0}}
+    broken = {"incoherent": {"a": 1.0, "b": 1.0}}
+    arms = {"before": {"none": broken, "int8": broken}, "after": {"none": shares, "int8": shares}}
+    rows = list(table_rows(arms, "before", {}, 100, 0))
+    assert [(row.metric, row.condition) for row in rows] == [
+        (metric, condition) for metric in ("incoherent", "refused") for condition in ("none", "int8")
+    ]
+    refused = rows[3]
+    assert refused.arms["before"].value is None and refused.arms["after"].value == 0.5
+    assert refused.gaps["after"].value == 0.0 and refused.gaps["after"].n == 2
+    assert refused.excess["after"].value is None and refused.recovery["after"].value is None
+    text = markdown(RobustnessTable(original="before", arms=("before", "after"), rows=tuple(rows)))
+    assert text.count("No values of before under none, before under int8 (shares of a model most of") == 1
+
+
 def test_log_probs_are_means_per_token_and_nan_where_there_is_no_room() -> None:
     policy = tiny_policy(max_length=80)
     short, long = (Example(id=text[0], prompt=ask(text), completion="ok") for text in ("short", "long" * 30))

@@ -34,10 +34,12 @@ def table_rows(
         seed: seed of the resampling.
 
     Yields:
-        One row per metric of the original and condition.
+        One row per metric that any arm has under any condition, and condition. What an arm lacks there, as the shares
+        of a broken model, is undefined, and so is every comparison with it.
     """
     seed = derive_seed(seed, "bootstrap")
-    for metric in arms[original][NONE]:
+    names = arms[original][NONE], *(found for measured in arms.values() for found in measured.values())
+    for metric in dict.fromkeys(metric for found in names for metric in found):
         plain = {name: _finite(measured[NONE].get(metric, {})) for name, measured in arms.items()}
         for condition in arms[original]:
             raw = {name: measured[condition].get(metric, {}) for name, measured in arms.items()}
@@ -140,7 +142,16 @@ def _undefined(table: RobustnessTable, metric: str) -> list[str]:
         for name, count in row.n_undefined.items()
         if count
     ]
-    return ["", f"Values that are not finite and are left out: {', '.join(left_out)}."] if left_out else []
+    lines = ["", f"Values that are not finite and are left out: {', '.join(left_out)}."] if left_out else []
+    missing = [
+        f"{name} under {row.condition}"
+        for row in table.rows
+        if row.metric == metric
+        for name, found in row.arms.items()
+        if not found.n and not row.n_undefined.get(name)
+    ]
+    why = "shares of a model most of whose answers are incoherent are withheld"
+    return [*lines, "", f"No values of {', '.join(missing)} ({why})."] if missing else lines
 
 
 def _notes(table: RobustnessTable) -> str:
