@@ -80,7 +80,7 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
             say(f"  {path}: taken over from {holder.text}, which is gone")
         with writing(path):
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(asdict(this_process())).encode() + b"\n", 0)
+            os.pwrite(handle, holder_text(this_process()).encode(), 0)
             os.fsync(handle)
     except BaseException:
         os.close(handle)
@@ -133,9 +133,32 @@ def _locked(path: Path, holder: Holder | None, remedy: str = "") -> LockedError:
 
 
 def _read(handle: int) -> Holder | None:
-    """Who wrote the file; None when nobody did, or not to the end."""
+    return read_holder(os.pread(handle, 4096, 0))
+
+
+def holder_text(holder: Holder) -> str:
+    """Write a holder down.
+
+    Args:
+        holder: who holds something.
+
+    Returns:
+        A line of JSON with its end.
+    """
+    return json.dumps(asdict(holder)) + "\n"
+
+
+def read_holder(text: str | bytes) -> Holder | None:
+    """Read what :func:`holder_text` wrote.
+
+    Args:
+        text: content of a lock's file.
+
+    Returns:
+        Who wrote it; None when nobody did, or not to the end.
+    """
     try:
-        found = json.loads(os.pread(handle, 4096, 0))
+        found = json.loads(text)
         names = {name: one_line(str(found[name]), 80) for name in ("host", "started", "boot")}
         return Holder(pid=int(found["pid"]), **names)
     except (ValueError, TypeError, KeyError):

@@ -196,12 +196,6 @@ def test_seeds_with_other_prompts_are_refused() -> None:
         analyse(protocol(), "h", Cells(found.results, groups, found.starts))
 
 
-def test_an_unknown_metric_is_named() -> None:
-    wrong = protocol(families={"main": {"metric": "beauty", "level": 4.0, "contrasts": [["a", "b"]]}})
-    with pytest.raises(ConfigError, match="beauty"):
-        analyse(wrong, "h", cells({"a": 0.4, "b": 0.1}))
-
-
 def test_t_interval_against_scipy() -> None:
     values = [1.0, 2.5, -0.5, 3.0]
     found = t_interval(values)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from u2a.experiment import claims
 from u2a.experiment.claims import claimed, is_claimed
+from u2a.run_lock import this_process
 
 NAMES = [f"cell{index}" for index in range(60)]
 
@@ -64,8 +66,9 @@ def dead_pid() -> int:
     return int(done.stdout)
 
 
-def left_behind(path: Path, host: str, pid: int) -> Path:
-    path.write_text(json.dumps({"host": host, "pid": pid}))
+def left_behind(path: Path, host: str, pid: int, **other: str) -> Path:
+    """A claim that its process did not give back; without ``other`` it started when the present one did."""
+    path.write_text(json.dumps({**asdict(this_process()), "host": host, "pid": pid, **other}))
     return path
 
 
@@ -75,6 +78,21 @@ def test_a_claim_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     with claimed(path) as mine:
         assert mine and json.loads(path.read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("other", [{"started": "1"}, {"boot": "an earlier one"}])
+def test_a_claim_of_a_dead_process_whose_id_is_in_use_again_is_taken_over(tmp_path: Path, other) -> None:
+    """In a container the process has the same id, 1, whenever it starts."""
+    path = left_behind(tmp_path / "a", socket.gethostname(), os.getpid())
+    assert is_claimed(path)
+    left_behind(path, socket.gethostname(), os.getpid(), **other)
+    with claimed(path) as mine:
+        assert mine
+
+
+def test_a_claim_from_a_system_that_cannot_tell_when_it_started_is_not_taken_over_at_once(tmp_path: Path) -> None:
+    path = left_behind(tmp_path / "a", socket.gethostname(), os.getpid(), started="")
+    assert is_claimed(path)
 
 
 def test_a_process_killed_while_it_takes_over_blocks_nobody(tmp_path: Path) -> None:

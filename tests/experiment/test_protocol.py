@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 from small_experiment import write_experiment
 
 from u2a.errors import ConfigError, RecordError
+from u2a.experiment.estimates import BY_SEED, PROMPT_METRICS
 from u2a.experiment.frozen import fix, frozen, protocol_hash
 from u2a.experiment.protocol import load_protocol, task_config
+from u2a.experiment.protocol_sections import MetricName
 
 ARMS = {
     "a": {"method": "random_k"},
@@ -62,6 +65,7 @@ def set_in(*keys: str, value: object):
         set_in("tasks", "tiny", "set", value=["data.max_length=100"]),
         set_in("families", value={"f": {"contrasts": [["a", "b"]]}}),
         set_in("margins", value={"reward": 0.1}),
+        set_in("tasks", "tiny", "seeds", value=1),
         set_in("arms", "a", "up_to", value=0.5),
         set_in("arms", "b", "tuned_by", value="reward"),
         set_in("statements", value={"s": {"rule": "cheaper", "arms": ["a", "b"], "spent": "cpu_seconds"}}),
@@ -72,9 +76,14 @@ def test_everything_that_decides_a_number_or_a_test_changes_the_hash(tmp_path: P
     assert protocol_hash(load_protocol(path)) != protocol_hash(load_protocol(changed(path, change)))
 
 
-@pytest.mark.parametrize("name", ["pairs.jsonl", "retain.jsonl", "task.yaml", "model/model.safetensors"])
+MODEL = ("model/model.safetensors", "model/tokenizer.model", "model/a.jinja")
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "retain.jsonl", "task.yaml", *MODEL])
 def test_the_content_of_files_changes_the_hash(tmp_path: Path, name: str) -> None:
     path = write_experiment(tmp_path, ARMS)
+    if not (tmp_path / name).exists():
+        (tmp_path / name).write_text("some content")
     before = protocol_hash(load_protocol(path))
     file = tmp_path / name
     if name == "task.yaml":
@@ -141,6 +150,31 @@ BAD = {
         ),
         "statements.s: the last level of arm b is not in budgets.full",
     ),
+    "margin of no scaled change": (
+        lambda tree: (
+            tree["budgets"].update(full=[0.5])
+            or tree.update(
+                statements={
+                    "s": {"rule": "cheaper", "arms": ["a", "b"], "metric": "preference_margin_at_equal_ppl"},
+                }
+            )
+        ),
+        "statements.s: the last level of arm b is not in budgets.full",
+    ),
+    "no such metric": (set_in("families", value={"f": {"metric": "rewrd"}}), "families.f.metric: .*got 'rewrd'"),
+    "family of no answers": (
+        lambda tree: (
+            tree["budgets"].update(full=[0.5]) or tree.update(families={"f": {"metric": "refusal_rate", "level": 1.0}})
+        ),
+        "families.f.level: refusal_rate is measured at budgets.full alone",
+    ),
+    "no budget of utility": (
+        lambda tree: (
+            tree.setdefault("measure", {}).update(equal_ppl_frac=None)
+            or tree.update(families={"f": {"metric": "reward_at_equal_ppl"}})
+        ),
+        "families.f.metric: reward_at_equal_ppl needs measure.equal_ppl_frac",
+    ),
     "tuned beyond": (set_in("arms", "b", "up_to", value=0.5), "arms.b.up_to: 0.5 is below tuning.level"),
     "tested beyond": (
         lambda tree: tree["arms"]["a"].update(up_to=0.5) or tree.update(families={"f": {"contrasts": [["a", "b"]]}}),
@@ -156,6 +190,26 @@ def test_bad_protocols_say_what_is_wrong(tmp_path: Path, case: str) -> None:
     path = write_experiment(tmp_path, ARMS)
     with pytest.raises(ConfigError, match=message):
         load_protocol(changed(path, change))
+
+
+def test_every_metric_of_an_experiment_can_be_declared() -> None:
+    names = TypeAdapter(MetricName).json_schema()["enum"]
+    assert sorted(names) == sorted([*PROMPT_METRICS, *BY_SEED])
+
+
+def test_a_task_s_own_seeds_are_part_of_the_protocol(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path, ARMS, seeds=[0, 1])
+    first = fix(load_protocol(path))
+    assert first.document["task_plans"] == {}
+    other = load_protocol(changed(path, set_in("tasks", "tiny", "seeds", value=1)))
+    with pytest.raises(RecordError, match="task_plans changed since"):
+        fix(other)
+    file = tmp_path / "out" / "protocol.json"
+    kept = {part: content for part, content in first.document.items() if part != "task_plans"}
+    first.model_copy(update={"document": kept}).save(file)  # as it was written before there was the part
+    assert fix(other).replaced == () and fix(other).document["task_plans"] == {"tiny": {"seeds": 1}}
+    with pytest.raises(RecordError, match="task_plans changed since"):
+        fix(load_protocol(path))
 
 
 def test_a_wrong_option_of_a_task_names_task_and_arm(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from fake_cells import SEEDS, cell, cells, found_scale, protocol
-from u2a.errors import ConfigError
 from u2a.experiment.analysis import analyse
 from u2a.experiment.cell import CellResult
 from u2a.experiment.estimates import Cells
@@ -61,6 +60,21 @@ def test_cheaper_means_as_much_for_a_share_of_the_budget(at_most: float, finding
     assert verdict.finding == finding
     share = "0.25" if finding == "shown" else "0.00 to 0.25"  # a measured point, and nothing is known before it
     assert verdict.why.split(": ")[1].split(", ") == [share] * 6
+
+
+@pytest.mark.parametrize(("n_seeds", "finding"), [(3, "not shown"), (6, "shown")])
+def test_a_seed_counts_once_however_many_tasks_it_was_run_on(n_seeds: int, finding: str) -> None:
+    claim = {"text": "A is cheaper.", "rule": "cheaper", "arms": ["a", "b"], "at_most": 0.3}
+    tasks = {"one": {"config": "one.yaml"}, "two": {"config": "two.yaml"}}
+    declared = protocol(tasks=tasks, seeds=list(SEEDS[:n_seeds]), statements={"claim": claim})
+    found = cells({"a": 8.0, "b": 0.5}, seeds=SEEDS[:n_seeds])
+    both = Cells(
+        [each.model_copy(update={"task": task}) for each in found.results for task in tasks],
+        {(task, seed): groups for (_, seed), groups in found.groups.items() for task in tasks},
+        {(task, seed): start for (_, seed), start in found.starts.items() for task in tasks},
+    )
+    verdict = judge(declared, both, ())[0]
+    assert verdict.finding == finding and verdict.why.count("0.25") == 2 * n_seeds
 
 
 @pytest.mark.parametrize(("at_most", "finding"), [(1.0, "shown"), (0.5, "not shown"), (0.25, "refuted")])
@@ -290,7 +304,10 @@ def test_the_page_tells_what_was_tuned_and_changed(tmp_path: Path) -> None:
     assert "fixed before the first cell" in (tmp_path / "main.md").read_text(encoding="utf-8")
 
 
-def test_a_metric_without_meaning_is_refused_by_name() -> None:
-    declared = protocol(families={"main": {"metric": "beauty", "level": 4.0, "contrasts": [["a", "b"]]}})
-    with pytest.raises(ConfigError, match="beauty"):
-        analyse(declared, "h", cells({"a": 1.0, "b": 0.0}))
+def test_tuning_cells_that_failed_are_listed(tmp_path: Path) -> None:
+    score = TrialScore(trial=0, values={}, value=None, ppl_ratio=None, flops=3, seconds=2.0, failed=("seed 7: lost",))
+    tuned = Tuned(task="one", arm="a", trial=0, reason="why not", trials=(score,))
+    base = analyse(protocol(), "h", cells({"a": 2.0, "b": 0.0}))
+    write_results(protocol(), base.model_copy(update={"tuning": (tuned,)}), (), tmp_path)
+    page = (tmp_path / "main.md").read_text(encoding="utf-8")
+    assert page.partition("failed or are missing")[2].strip() == "- one, a, tuning trial 0: seed 7: lost"

@@ -24,6 +24,7 @@ from u2a.experiment.protocol import load_protocol
 from u2a.experiment.runner import Options, list_cells, run_experiment
 from u2a.experiment.setting import SettingRecord, in_dev
 from u2a.experiment.tuning import Tuned
+from u2a.progress import Console
 from u2a.types import Partition
 
 QUIET = Options(quiet=True)
@@ -163,6 +164,18 @@ def test_what_is_done_is_not_run_again_unless_failed_and_asked_for(
     run_experiment(whole / "protocol.yaml", QUIET)
     assert ran == []
     run_experiment(whole / "protocol.yaml", Options(quiet=True, only=("wild", "chance"), retry_failed=True))
+    assert ran == ["tiny.wild.s0.t0"]
+
+
+def test_of_several_processes_one_runs_a_failed_cell_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    real = runner.run_cell
+    monkeypatch.setattr(runner, "run_cell", lambda cell, *rest: ran.append(cell.name) or real(cell, *rest))
+    plan = Plan(load_protocol(whole / "protocol.yaml"), ("wild", "chance"))
+    failed = runner.failed_results(plan)
+    assert {name.rsplit(".", 2)[0] for name in failed} >= {"tiny.wild.s0.t0"} and len(failed) == 2
+    for _ in range(2):  # as two processes that were told the same
+        runner.Runner(plan, Console(quiet=True), failed).work()
     assert ran == ["tiny.wild.s0.t0"]
 
 

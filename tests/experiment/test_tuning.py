@@ -9,7 +9,7 @@ import pytest
 from u2a.experiment.cell import CellResult, LevelResult
 from u2a.experiment.measured import Measured, perplexity
 from u2a.experiment.meter import Spent
-from u2a.experiment.protocol import TuningSection
+from u2a.experiment.protocol_sections import TuningSection
 from u2a.experiment.tuning import choose_trial
 
 RULE = TuningSection(seeds=[1000, 1001], level=1.0, metric="preference_margin", max_ppl_ratio=1.1)
@@ -25,7 +25,8 @@ def cell(trial: int, seed: int, margin: float, ppl_ratio: float | None, status: 
     level = LevelResult(level=1.0, reached=True, steps=3, spent=spent, full=False, untrained=False, measured=measured)
     return CellResult(
         key="k", task="t", arm="a", method="full", track="negatives", seed=seed, split="dev", trial=trial,
-        values={"learning_rate": 10.0**-trial}, status=status, unit_flops=5, levels=(level,),
+        values={"learning_rate": 10.0**-trial}, status=status,
+        error="" if status == "ok" else "too large", unit_flops=5, levels=(level,),
         spent=Spent(flops={"train": 7, "select": 1}), seconds=2.0,
     )  # fmt: skip
 
@@ -59,9 +60,19 @@ def test_without_a_trial_within_the_bound_the_least_damage_wins() -> None:
 def test_a_trial_that_failed_on_one_seed_is_out() -> None:
     cells = [*both(0, (0.1, 0.1), (1.0, 1.0)), cell(1, 1000, 9.0, 1.0), cell(1, 1001, 9.0, 1.0, "diverged")]
     assert choose_trial(RULE, cells, START).trial == 0
+    found = choose_trial(RULE, [*cells, *both(2, (9.0, 9.0), (2.0, 2.0))], START)
+    assert found.trial == 0 and "1 of 2 trials within" in found.reason and "1 of 3 did not come through" in found.reason
+    assert [trial.failed for trial in found.trials] == [(), ("seed 1001: diverged: too large",), ()]
     failed = [cell(trial, seed, 9.0, 1.0, "failed") for trial in (0, 1) for seed in START]
     assert choose_trial(RULE, failed, START).trial == 0
     assert "no trial came through" in choose_trial(RULE, failed, START).reason
+
+
+def test_without_retain_rows_there_is_no_bound() -> None:
+    cells = both(0, (0.1, 0.1), (None, None)) + both(1, (0.9, 0.9), (None, None))
+    found = choose_trial(RULE, cells, dict.fromkeys(START))
+    assert found.trial == 1 and "among 2 trials (no retain rows)" in found.reason
+    assert "overflowed" in choose_trial(RULE, cells, START).reason
 
 
 def test_a_choice_at_the_edge_of_the_grid_is_named() -> None:

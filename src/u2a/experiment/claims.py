@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from u2a.run_lock import holder_text, process_start, read_holder, this_process
 
 STALE_H = 12.0  # a claim of another machine that old is taken for one of a process that died
 
@@ -18,7 +18,8 @@ def claimed(path: Path) -> Iterator[bool]:
     """Claim a piece of work for the duration of a ``with`` block.
 
     The file is made by the one process for which it was not there. A process that is killed leaves it behind; it is
-    then taken over, on the same machine at once, from another one after half a day (or delete it).
+    then taken over, on the same machine at once (also where its process id is in use again), from another one after
+    half a day (or delete it).
 
     Args:
         path: the claim's file.
@@ -53,7 +54,7 @@ def _made(path: Path) -> bool:
     except FileExistsError:
         return False
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+        file.write(holder_text(this_process()))
     return True
 
 
@@ -64,20 +65,12 @@ def _is_stale(path: Path) -> bool:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return False
-    try:
-        found = json.loads(text)
-        host, pid = str(found["host"]), int(found["pid"])
-    except (ValueError, KeyError, TypeError):
+    holder, here = read_holder(text), this_process()
+    if holder is None:
         return age_h > 1.0 / 60.0
-    if host != socket.gethostname():
+    if holder.host != here.host or not holder.started:  # neither can be looked at from here
         return age_h > STALE_H
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return holder.boot != here.boot or process_start(holder.pid) != holder.started
 
 
 def _taken_over(path: Path) -> bool:

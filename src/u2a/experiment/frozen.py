@@ -16,6 +16,7 @@ from u2a.record import Record, Row, content_id
 
 # Options younger than protocols that are kept somewhere: at their defaults they are left out, and change no hash.
 _YOUNGER = (("arms", "up_to", None), ("arms", "tuned_by", None), ("statements", "spent", "budget"))
+_PLANS = "task_plans"  # a task's own seeds and whose trials it takes; protocols kept from before do not have the part
 
 
 class Replaced(Row):
@@ -64,7 +65,13 @@ def frozen(protocol: Protocol) -> FrozenProtocol:
                 del section[name]
     document["tasks"] = {name: decisive(task_config(protocol, name, 0)) for name in protocol.tasks}
     document["version"] = __version__
-    return FrozenProtocol(hash=content_id(json.dumps(document, sort_keys=True)), document=document)
+    document[_PLANS] = {
+        name: plan
+        for name, section in protocol.tasks.items()
+        if (plan := section.model_dump(mode="json", include={"seeds", "tuned_on"}, exclude_none=True))
+    }
+    hashed = {part: content for part, content in document.items() if part != _PLANS or content}
+    return FrozenProtocol(hash=content_id(json.dumps(hashed, sort_keys=True)), document=document)
 
 
 def protocol_hash(protocol: Protocol) -> str:
@@ -88,7 +95,7 @@ def fix(protocol: Protocol, replace: bool = False) -> FrozenProtocol:
             otherwise are run anew.
 
     Returns:
-        What is written there.
+        What is written there. A document from before a task's seeds were part of it gets the part it lacks.
 
     Raises:
         RecordError: another protocol stands there.
@@ -96,9 +103,13 @@ def fix(protocol: Protocol, replace: bool = False) -> FrozenProtocol:
     path, now = file_of(protocol), frozen(protocol)
     if path.exists():
         before = FrozenProtocol.load(path)
-        if before.hash == now.hash:
-            return before
         changed = tuple(sorted(key for key in now.document if now.document[key] != before.document.get(key)))
+        if before.hash == now.hash and not changed:
+            return before
+        if changed == (_PLANS,) and _PLANS not in before.document:  # written before there was this part
+            now = now.model_copy(update={"replaced": before.replaced})
+            now.save(path)
+            return now
         if not replace:
             raise RecordError(
                 f"{path}: results of another protocol are there ({', '.join(changed) or 'other content'} changed "

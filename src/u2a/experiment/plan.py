@@ -12,7 +12,8 @@ from u2a.errors import ConfigError
 from u2a.experiment.cell import Cell, CellResult
 from u2a.experiment.claims import is_claimed
 from u2a.experiment.measured import retain_ppl
-from u2a.experiment.protocol import Protocol, TuningSection, decisive_text, task_config
+from u2a.experiment.protocol import Protocol, decisive_text, task_config
+from u2a.experiment.protocol_sections import TuningSection
 from u2a.experiment.setting import SettingRecord, Split, Start, Workplace
 from u2a.experiment.tuning import Tuned, choose_trial
 from u2a.record import content_id
@@ -227,7 +228,7 @@ class Plan:
             The choice, also ``tuning/TASK.ARM.json``; None while a tuning cell is missing.
         """
         found: list[CellResult] = []
-        starts: dict[int, float] = {}
+        starts: dict[int, float | None] = {}
         for seed in self.protocol.tuning.seeds:
             for slot in (Slot(task, arm, seed, trial) for trial in range(len(self.protocol.arms[arm].trials))):
                 cell, place = self.cell(slot), self.place(slot)
@@ -235,7 +236,7 @@ class Plan:
                 if cell is None or start is None or not self.path(cell).exists():
                     return None
                 found.append(CellResult.load(self.path(cell)))
-                starts[seed] = retain_ppl(start.measured) or float("inf")
+                starts[seed] = retain_ppl(start.measured)
         choice = choose_trial(self._tuning(arm), found, starts)
         path = self.folder / "tuning" / f"{task}.{arm}.json"
         if not path.exists() or Tuned.load(path) != choice:

@@ -8,97 +8,32 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
 from u2a.config import SOURCES, RunConfig
-from u2a.config_base import Count, Frac, NonNegative, Positive, Section, option
+from u2a.config_base import Section, option
 from u2a.config_evaluation import EvaluationSection
 from u2a.config_file import load_config
 from u2a.errors import ConfigError
+from u2a.experiment.protocol_sections import (
+    AnsweredName,
+    ArmSection,
+    BudgetSection,
+    EqualName,
+    FamilySection,
+    MeasureSection,
+    StatementSection,
+    TaskSection,
+    TuningSection,
+)
+from u2a.named_content import SUFFIXES
 from u2a.record import content_id, one_line
 from u2a.yaml_file import read_yaml
 
+FULL_ONLY = {*get_args(AnsweredName), *get_args(EqualName)}
 ARM_SECTIONS = ("unlearn", "solve", "reward.prefilter_frac")  # options an arm may set for itself; the rest is shared
-
-
-class TaskSection(Section):
-    """One data set with its start."""
-
-    config: str = option("", "configuration file of a run, relative to the protocol's folder")
-    set: list[str] = option([], "changes to it, as section.option=value")
-    seeds: Count | None = option(None, "run on this many of the seeds, the first ones (null: all)")
-    tuned_on: str | None = option(None, "take the trials that were chosen on this task (null: tune here)")
-
-
-class ArmSection(Section):
-    """One row of the tables."""
-
-    method: str = option("", "name of the method")
-    set: list[str] = option([], "changes to the task's options, as section.option=value (sections unlearn and solve)")
-    tasks: list[str] | None = option(None, "tasks it is run on (null: all)")
-    seeds: Count | None = option(None, "run on this many of a task's seeds, the first ones (null: all)")
-    trials: list[dict[str, float]] = option([{}], "hyperparameters by name; of several the tuning rule chooses one")
-    up_to: Positive | None = option(None, "run it up to this budget level (null: the last one)")
-    tuned_by: Literal["preference_margin", "preference_accuracy", "reward"] | None = option(
-        None, "choose its trial by this metric (null: tuning.metric)"
-    )
-
-
-class BudgetSection(Section):
-    """How much every arm may spend."""
-
-    levels: list[Positive] = option([0.25, 1.0, 4.0], "rising, in units of one GA pass over all candidates")
-    full: list[Positive] = option([1.0], "levels at which answers are generated, too")
-
-
-class MeasureSection(Section):
-    """What is measured at a level."""
-
-    prompts: Count = option(48, "evaluation prompts answered at full levels")
-    max_new_tokens: Count = option(32, "tokens per answer")
-    equal_ppl_frac: NonNegative | None = option(
-        0.05, "measure full levels also with the change scaled until retain perplexity rises by no more (null: not)"
-    )
-
-
-class TuningSection(Section):
-    """How one of an arm's trials is chosen: on other seeds, and on prompts that no table counts."""
-
-    seeds: list[int] = option([1000], "seeds of the tuning runs")
-    level: Positive = option(1.0, "budget level of the choice")
-    metric: Literal["preference_margin", "preference_accuracy", "reward"] = option(
-        "preference_margin", "highest mean over tuning seeds wins"
-    )
-    max_ppl_ratio: Positive = option(1.1, "among trials whose retain perplexity is at most this times the start's")
-    dev_frac: Frac = option(0.33, "share of evaluation prompts, by hash, that only tuning reads")
-
-
-class FamilySection(Section):
-    """Tests that are corrected together."""
-
-    metric: str = option("preference_margin", "what is compared")
-    level: Positive = option(1.0, "at which budget level")
-    contrasts: list[tuple[str, str]] = option([], "pairs of arms; the difference is first minus second")
-    tasks: list[str] | None = option(None, "tasks it is tested on (null: all)")
-
-
-class StatementSection(Section):
-    """A statement that the experiment is to judge, with the rule of its verdict."""
-
-    text: str = option("", "the statement, in a sentence")
-    rule: Literal["better", "not_worse", "cheaper"] = option(
-        "better", "better, not_worse: by the contrasts of family; cheaper: by what the first of arms needs for as much"
-    )
-    family: str = option("", "family of contrasts (better, not_worse)")
-    contrasts: list[tuple[str, str]] | None = option(None, "these of the family alone; corrected as in it (null: all)")
-    arms: tuple[str, str] = option(("", ""), "cheaper: the arm, and the arm whose end it must reach")
-    metric: Literal[
-        "preference_margin", "preference_accuracy", "reward", "preference_margin_at_equal_ppl", "reward_at_equal_ppl"
-    ] = option("preference_margin", "cheaper: in what")
-    at_most: Positive = option(0.1, "cheaper: with at most this share of what the other one has spent")
-    spent: Literal["budget", "cpu_seconds"] = option("budget", "cheaper: what is compared")
 
 
 class Protocol(Section):
@@ -218,17 +153,27 @@ def _statement_problems(protocol: Protocol) -> Iterator[str]:
         if statement.rule == "cheaper":
             unknown = sorted(set(statement.arms) - set(protocol.arms))
             yield from (f"statements.{name}.arms: {arm!r} is no arm" for arm in unknown)
-            if statement.metric == "reward" and not unknown:
+            if not unknown:
                 yield from _unanswered(protocol, name, statement)
 
 
 def _unanswered(protocol: Protocol, name: str, statement: StatementSection) -> Iterator[str]:
-    """``cheaper`` in rewards reads the first arm's full levels, and the second one's last level."""
+    """``cheaper`` reads the first arm's levels and the second one's last level; some metrics have full levels alone."""
     full, (first, second) = set(protocol.budgets.full), statement.arms
+    yield from _unscaled(protocol, f"statements.{name}", statement.metric)
+    if statement.metric not in FULL_ONLY:
+        return
     if not full & set(protocol.levels_of(first)):
-        yield f"statements.{name}: arm {first} has no level in budgets.full, so no reward"
+        yield f"statements.{name}: arm {first} has no level in budgets.full, so no {statement.metric}"
     if not full & set(protocol.levels_of(second)[-1:]):
-        yield f"statements.{name}: the last level of arm {second} is not in budgets.full, so it has no reward"
+        yield (
+            f"statements.{name}: the last level of arm {second} is not in budgets.full, so it has no {statement.metric}"
+        )
+
+
+def _unscaled(protocol: Protocol, place: str, metric: str) -> Iterator[str]:
+    if metric in get_args(EqualName) and protocol.measure.equal_ppl_frac is None:
+        yield f"{place}.metric: {metric} needs measure.equal_ppl_frac"
 
 
 def _level_problems(protocol: Protocol) -> Iterator[str]:
@@ -245,6 +190,9 @@ def _level_problems(protocol: Protocol) -> Iterator[str]:
         elif len(arm.trials) > 1 and arm.up_to is not None and arm.up_to < protocol.tuning.level:
             yield f"arms.{name}.up_to: {arm.up_to:g} is below tuning.level"
     for name, family in protocol.families.items():
+        yield from _unscaled(protocol, f"families.{name}", family.metric)
+        if family.metric in FULL_ONLY and family.level not in protocol.budgets.full:
+            yield f"families.{name}.level: {family.metric} is measured at budgets.full alone"
         arms = sorted({arm for pair in family.contrasts for arm in pair} & set(protocol.arms))
         short = [arm for arm in arms if (protocol.arms[arm].up_to or family.level) < family.level]
         yield from (f"families.{name}.level: {family.level:g} is more than arm {arm} is run up to" for arm in short)
@@ -371,11 +319,11 @@ def decisive_text(config: RunConfig) -> str:
 
 
 def _content(name: str) -> str:
-    """A file's or a model folder's content; any other name is what it says."""
+    """Content of a file, or of the files of a folder that a model is loaded from; any other name is what it says."""
     path = Path(name)
     if not name or not path.exists():
         return name
-    files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
     try:
         stats = [(file, file.stat()) for file in files]
         return content_id(*(_digest(file, stat.st_mtime_ns, stat.st_size) for file, stat in stats))

@@ -296,6 +296,12 @@ def _failures(found: ExperimentFigures) -> list[str]:
     rows = [
         f"- {task}, {arm.arm}: {line}" for task, part in found.tasks.items() for arm in part.arms for line in arm.failed
     ]
+    rows += [
+        f"- {row.task}, {row.arm}, tuning trial {trial.trial}: {line}"
+        for row in found.tuning
+        for trial in row.trials
+        for line in trial.failed
+    ]
     rows += [f"- not run: {name}" for name in found.missing]
     return ["## Cells that failed or are missing", "", *(rows or ["None."])]
 

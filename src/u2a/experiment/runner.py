@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -40,17 +40,16 @@ class Runner:
     Attributes:
         plan: what is to be run.
         console: one line per cell.
-        retry_failed: run cells again that did not come through.
+        retry: results to be replaced by a new run: when each was written, by its file's name (:func:`failed_results`).
         processes: that work side by side, for the estimate of the time left.
     """
 
     plan: Plan
     console: Console
-    retry_failed: bool = False
+    retry: Mapping[str, int] = field(default_factory=dict)
     processes: int = 1
     _seconds: list[float] = field(default_factory=list)
     _instruments: tuple[Path, Instruments] | None = None
-    _retried: set[str] = field(default_factory=set)
 
     def work(self) -> None:
         """Run until every cell is done, by this process or another one.
@@ -102,7 +101,6 @@ class Runner:
         bench = Bench(setting, self._opened(place), record.start, record.unit_flops)
         result = run_cell(cell, method(cell.method), bench)
         result.save(self.plan.path(cell))
-        self._retried.add(cell.name)
         self._seconds.append(result.seconds)
         mean = sum(self._seconds) / len(self._seconds)
         state = result.status if result.status == "ok" else f"{result.status}: {result.error}"
@@ -116,10 +114,20 @@ class Runner:
 
     def _is_done(self, cell: Cell) -> bool:
         path = self.plan.path(cell)
-        if not path.exists():
-            return False
-        again = self.retry_failed and cell.name not in self._retried
-        return not again or CellResult.load(path).status == "ok"
+        return path.exists() and path.stat().st_mtime_ns != self.retry.get(path.name)
+
+
+def failed_results(plan: Plan) -> dict[str, int]:
+    """Find the results of cells that did not come through.
+
+    Args:
+        plan: names the folder.
+
+    Returns:
+        When each was written (nanoseconds), by its file's name; a new result of the cell is a later one.
+    """
+    files = sorted((plan.folder / "cells").glob("*.json"))
+    return {path.name: path.stat().st_mtime_ns for path in files if CellResult.load(path).status != "ok"}
 
 
 def _duration(seconds: float) -> str:
@@ -162,12 +170,14 @@ def run_experiment(path: str | Path, options: Options) -> Protocol:
     protocol = load_protocol(path)
     fixed = fix(protocol, options.new_protocol)
     console = Console(quiet=options.quiet)
-    console.say(f"protocol {fixed.hash}, {len(Plan(protocol, options.only).slots)} cells, in {protocol.output_dir}")
+    plan = Plan(protocol, options.only)
+    console.say(f"protocol {fixed.hash}, {len(plan.slots)} cells, in {protocol.output_dir}")
+    retry = failed_results(plan) if options.retry_failed else {}
     if options.processes <= 1:
-        Runner(Plan(protocol, options.only), console, options.retry_failed).work()
+        Runner(plan, console, retry).work()
         return protocol
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(str(path), options)) for _ in range(options.processes)]
+    workers = [context.Process(target=_worker, args=(str(path), options, retry)) for _ in range(options.processes)]
     for worker in workers:
         worker.start()
     while any(worker.is_alive() for worker in workers):
@@ -182,7 +192,7 @@ def run_experiment(path: str | Path, options: Options) -> Protocol:
     return protocol
 
 
-def _worker(path: str, options: Options) -> None:
+def _worker(path: str, options: Options, retry: Mapping[str, int]) -> None:
     """What a process of several does; its messages go to the same terminal."""
     hush_libraries()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.processes))
@@ -190,8 +200,7 @@ def _worker(path: str, options: Options) -> None:
     with stops_on_signals():
         try:
             plan = Plan(load_protocol(path), options.only)
-            runner = Runner(plan, console, options.retry_failed, options.processes)
-            runner.work()
+            Runner(plan, console, retry, options.processes).work()
         except U2AError as error:
             Console().say(f"u2a experiment: {error}")
             raise SystemExit(error.exit_status) from None

@@ -11,7 +11,8 @@ from u2a.experiment.cell import CellResult, LevelResult
 from u2a.experiment.contrasts import ContrastFigures
 from u2a.experiment.estimates import BY_PROMPT, EQUAL, Cells, measured_for, values_of
 from u2a.experiment.measured import Measured
-from u2a.experiment.protocol import Protocol, StatementSection
+from u2a.experiment.protocol import Protocol
+from u2a.experiment.protocol_sections import StatementSection
 from u2a.record import Row
 
 Finding = Literal["shown", "not shown", "refuted", "unfinished", "not run"]
@@ -88,12 +89,14 @@ def _by_contrasts(
 def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tuple[Finding, str]:
     """Whether the first arm reaches what the second one has in the end with at most a share of what that one spent.
 
-    Seeds that agree are a sign test: with fewer than six there is no verdict.
+    Seeds that agree are a sign test: with fewer than six there is no verdict. A seed counts once on however many tasks
+    it was run.
 
     Returns:
         The finding and the figures behind it.
     """
     found: list[tuple[bool | None, str]] = []
+    judged: set[int] = set()
     missing = lost = 0
     tasks = [task for task in protocol.tasks if all(task in protocol.tasks_of(arm) for arm in section.arms)]
     for task in tasks:
@@ -107,6 +110,7 @@ def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tup
             elif both[0].status != "ok" or both[1].status != "ok":
                 lost += 1
             else:
+                judged.add(seed)
                 found.append(_share(section, cells, start, both[0], both[1]))
     parts = [text for _, text in found] + [f"{lost} failed"] * bool(lost) + [f"{missing} not run"] * bool(missing)
     unit = section.spent.replace("cpu_seconds", "CPU seconds")
@@ -117,7 +121,7 @@ def _cheaper(section: StatementSection, protocol: Protocol, cells: Cells) -> tup
     within = {answer for answer, _ in found}
     if lost or None in within or len(within) != 1:
         return "not shown", why
-    p = sign_flip_test({str(k): 1.0 for k in range(len(found))}).p
+    p = sign_flip_test({str(seed): 1.0 for seed in judged}).p
     if p is None or p > 0.05:
         return "not shown", f"{why} (too few seeds for a verdict)"
     return ("shown" if within == {True} else "refuted"), why
