@@ -86,7 +86,7 @@ class ScoreTable(Record):
         rows: one per candidate.
         objective, loss, adjoint, scorer, estimator: how they were computed, as names with parameters.
         objective_value: J on the PA set at the point of scoring.
-        objective_se: its standard error over pairs, or None.
+        objective_se: its standard error over prompts, or None.
         reliability: split-half reliability and signal.
         solve: status of the linear solve, one per fold.
         scorer_error: relative disagreement with exact derivatives on a sample, or None.

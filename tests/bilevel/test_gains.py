@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import statsmodels.api as sm
 import torch
 from small import B, candidate_losses, encode, inner_by_hand, loss_by_hand, small_policy, theta_of
 from torch import Tensor, nn
 
 from tiny import examples, pairs
 from u2a.bilevel.attention import second_order_attention
-from u2a.bilevel.gains import Reached, compute_gains
+from u2a.bilevel.gains import Reached, compute_gains, mean_se
 from u2a.bilevel.objective import CustomObjective, Margin
 from u2a.bilevel.outer_problem import OuterProblem, split_preference
 from u2a.config import SolveSection, UnlearnSection
@@ -114,6 +116,19 @@ def test_table_records_what_was_done():
     assert [row.n_answer_tokens for row in table.rows] == [row.n_answer for row in losses.rows]
     for row in table.rows:
         assert row.gain == pytest.approx(sum(row.fold_gains) / 3)
+
+
+def test_the_standard_error_of_j_takes_the_pairs_of_a_prompt_for_one_draw() -> None:
+    rng = np.random.default_rng(3)
+    groups = [0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 4]
+    values = rng.normal(size=5)[groups] + 0.1 * rng.normal(size=len(groups))
+    oracle = sm.OLS(values, np.ones((len(groups), 1))).fit(cov_type="cluster", cov_kwds={"groups": np.array(groups)})
+    found = mean_se(torch.from_numpy(values), [str(group) for group in groups])
+    assert found == pytest.approx(float(oracle.bse[0]), rel=1e-12)
+    assert found > 1.3 * float(values.std(ddof=1)) / math.sqrt(len(values)), "more than of as many draws"
+    alone = mean_se(torch.from_numpy(values), [str(k) for k in range(len(values))])
+    assert alone == pytest.approx(float(values.std(ddof=1)) / math.sqrt(len(values)), rel=1e-12)
+    assert mean_se(torch.from_numpy(values), ["one"] * len(values)) is None
 
 
 @pytest.mark.parametrize(("order", "budget"), [([3, 1, 0, 2], 200), ([2, 3, 1, 0], 1)])

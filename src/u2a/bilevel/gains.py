@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +22,7 @@ from u2a.bilevel.select import FoldStatistics, alike, fold_statistics, make_esti
 from u2a.bilevel.variance import pooled, without_common
 from u2a.bilevel.vectors import dot, scaled, zeros_like
 from u2a.config import SolveSection
+from u2a.data import prompt_key
 from u2a.errors import ConfigError, NonFiniteError
 from u2a.losses import SFT
 from u2a.modeling import Params, Policy
@@ -124,12 +127,35 @@ def compute_gains(
         scorer=found.scorer,
         estimator=_estimator_text(section, estimator.name),
         objective_value=float(values.mean()),
-        objective_se=float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else None,
+        objective_se=mean_se(values, [prompt_key(pair.prompt) for fold in folds.folds for pair in fold]),
         reliability=reliability(gains, folds.sizes, gram, statistics),
         solve=found.solves,
         scorer_error=found.error,
     )
     return Gains(table, statistics, estimates, plain)
+
+
+def mean_se(values: Tensor, groups: Sequence[str]) -> float | None:
+    """Standard error of a mean whose items come in groups that share their noise (cluster-robust).
+
+    se^2 = G/(G - 1) sum_g (sum_{i in g} (v_i - mean))^2 / n^2; with one item per group the usual one.
+
+    Args:
+        values: (n,) float64.
+        groups: group of each, G in all.
+
+    Returns:
+        The standard error, in the unit of the values; None with fewer than two groups.
+
+    Source: Liang & Zeger (1986), for a mean.
+    """
+    totals: dict[str, float] = defaultdict(float)
+    for group, excess in zip(groups, (values - values.mean()).tolist(), strict=True):
+        totals[group] += excess
+    count = len(totals)
+    if count < 2:
+        return None
+    return math.sqrt(count / (count - 1) * math.fsum(total**2 for total in totals.values())) / len(values)
 
 
 _LAYOUT = 4  # of parts on the disk: which columns a scorer keeps, and how the rows that are there are noted
