@@ -395,6 +395,23 @@ def test_what_is_not_needed_may_be_absent(lacking, options):
     )
 
 
+@pytest.mark.parametrize(
+    ("stage", "lacking", "expected"),
+    [
+        ("reward", {"evaluation": (), "preference": (), "retain": ()}, []),
+        ("reward", {"forget": ()}, ["forget: no candidates"]),
+        ("reward", {"reward": ()}, ["reward: 0 prompts with pairs, reward.model each"]),
+        *((stage, {"evaluation": ()}, []) for stage in ("score", "solve", "unlearn")),
+        *((stage, {"evaluation": ()}, ["evaluation: no pairs"]) for stage in (None, "partition", "evaluate")),
+        ("score", {"preference": (), "retain": ()}, ["preference: no pairs", "retain: no rows"]),
+    ],
+)
+def test_a_stage_alone_needs_what_it_reads(stage, lacking, expected):
+    options = changed(solve={"folds": 4, "n_selected": 2}, reward={"model": "embedding", "eval_model": "embedding"})
+    found = shortages(FULL.model_copy(update=lacking), options, stage)
+    assert [problem[: len(start)] for problem, start in zip(found, expected, strict=True)] == expected
+
+
 def test_description_counts_rows_and_prompts():
     result = Partition(forget=(example("a", "x"), example("A", "y")), dropped={"pairs: repeated": 7}, fingerprint="f0")
     lines = describe(result)

@@ -55,12 +55,13 @@ class Inputs:
     dropped: Mapping[str, int] = field(default_factory=dict)
 
 
-def partition(config: RunConfig, sources: Mapping[str, Source] | None = None) -> Partition:
+def partition(config: RunConfig, sources: Mapping[str, Source] | None = None, stage: str | None = None) -> Partition:
     """Read all sources, build the sets and check that the run can use them.
 
     Args:
         config: options; ``data``, ``partition`` and ``seed`` make the sets, the others are checked against them.
         sources: sources in memory by the name of their option in ``data``; they win over the options.
+        stage: the one stage that is run alone, which may need less than all of them (:func:`shortages`).
 
     Returns:
         The partition.
@@ -71,7 +72,7 @@ def partition(config: RunConfig, sources: Mapping[str, Source] | None = None) ->
     """
     inputs = read_inputs(config.data, sources or {})
     result = build_partition(inputs, config.partition, config.seed, config.data.allow_leak)
-    problems = shortages(result, config)
+    problems = shortages(result, config, stage)
     if problems:
         raise ConfigError(problems)
     return result

@@ -85,7 +85,7 @@ class Pipeline:
         if self._model is None:
             check_packages(self.config.model)
             check_adapter(self.config.model)
-        result = partition(self.config, self.sources)
+        result = partition(self.config, self.sources, self._only)
         encoder = Encoder(self.tokenizer, self.config.data.max_length)
         self.n_truncated = count_truncated(result, encoder)
         tell = self.console.result if self._only == "partition" else self.console.say

@@ -12,35 +12,38 @@ from u2a.types import Example, Pair, Partition
 TRAINED = ("embedding", "language_model")  # reward models whose head is fitted on the run's own pairs
 
 
-def shortages(result: Partition, config: RunConfig) -> list[str]:
+def shortages(result: Partition, config: RunConfig, stage: str | None = None) -> list[str]:
     """Say what the run's options need and the partition lacks, before any model is loaded.
 
     Args:
         result: the partition.
         config: options of the run.
+        stage: the one stage that is run alone: ``reward`` needs candidates only, and ``score``, ``solve`` and
+            ``unlearn`` no evaluation pairs; None for all of them.
 
     Returns:
         One sentence with a remedy per shortage; empty when the run can start.
     """
     solve, unlearn, reward = config.solve, config.unlearn, config.reward
-    problems = _too_few_pairs(result, solve)
+    chooses, evaluates = stage != "reward", stage not in ("reward", "score", "solve", "unlearn")
+    problems = _too_few_pairs(result, solve) if chooses else []
     if not result.forget:
         problems.append("forget: no candidates (set data.forget, or data.pairs with partition.forget_frac > 0)")
-    elif solve.n_selected is not None and solve.n_selected > (left := reward.n_kept(len(result.forget))):
+    elif chooses and solve.n_selected is not None and solve.n_selected > (left := reward.n_kept(len(result.forget))):
         problems.append(
             f"solve.n_selected: {solve.n_selected} is more than the {left} candidates "
             f"(set at most {left}, or give more negatives)"
         )
-    if not result.evaluation:
+    if evaluates and not result.evaluation:
         problems.append("evaluation: no pairs (set data.evaluation, or data.pairs with partition.evaluation_frac > 0)")
-    if not result.retain and unlearn.retain_term in ("nll", "kl"):
+    if chooses and not result.retain and unlearn.retain_term in ("nll", "kl"):
         problems.append(f"retain: no rows, unlearn.retain_term={unlearn.retain_term} needs them (set data.retain)")
-    if not result.retain and solve.damage_weight > 0.0:
+    if chooses and not result.retain and solve.damage_weight > 0.0:
         problems.append(
             f"retain: no rows, solve.damage_weight={solve.damage_weight:g} needs them "
             "(set data.retain, or solve.damage_weight to 0)"
         )
-    problems += _too_few_for_heads(result, config)
+    problems += _too_few_for_heads(result, config, evaluates)
     if config.finetune.enabled and not result.finetune:
         problems.append("finetune: no pairs (set data.finetune, or data.pairs with partition.finetune_frac > 0)")
     return problems
@@ -117,11 +120,11 @@ def _suffices(solve: SolveSection, prompts: int) -> bool:
     return prompts - held >= solve.folds and (held > 0 or solve.heldout_frac == 0.0)
 
 
-def _too_few_for_heads(result: Partition, config: RunConfig) -> list[str]:
+def _too_few_for_heads(result: Partition, config: RunConfig, evaluates: bool) -> list[str]:
     reward = config.reward
     heads = ["reward.model"] if reward.model in ("embedding", "language_model", "implicit") else []
     evaluating = [f"reward.{name}" for name in ("eval_model", "second_model") if getattr(reward, name) in TRAINED]
-    heads += [" with ".join(evaluating)] if evaluating else []
+    heads += [" with ".join(evaluating)] if evaluating and evaluates else []
     if not heads or (prompts := count_prompts(result.reward)) >= len(heads):
         return []
     return [

@@ -328,6 +328,25 @@ def test_a_stage_whose_input_is_missing_says_what_to_run(
     assert message.count("\n") <= 2 and ("first)" in message or "no run.yaml" in message)
 
 
+def test_stages_before_the_evaluation_run_without_its_pairs(
+    tiny_config: Callable[..., Path], tiny_files: Path, tiny_encoder: str, tmp_path: Path, capsys
+) -> None:
+    head, pairs = str(tmp_path / "my-reward"), str(tiny_files / "pairs.jsonl")
+    assert main(["reward", "train", "--pairs", pairs, "--base", tiny_encoder, "--out", head, "--quiet"]) == 0
+    data = {"pairs": None, "forget": str(tiny_files / "negatives.jsonl"), "retain": None}
+    config = str(tiny_config(data=data, reward={"model": "head", "name_or_path": head}))
+    assert main(["reward", config, "--quiet"]) == 0
+    table = RewardTable.load(tmp_path / "run" / "rewards.json")
+    assert len(table.rows) == 10 and table.threshold is None and table.card.n_train > 0
+    own = {"preferences": pairs, "retain": str(tiny_files / "retain.jsonl")}
+    config = str(tiny_config(data=data | own, reward={"model": "none"}))
+    for stage in ("score", "solve", "unlearn"):
+        assert main([stage, config, "--quiet"]) == 0, stage
+    assert (tmp_path / "run" / "adapter").is_dir() and main(["report", config, "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", config, "--quiet"]) == 2 and "evaluation: no pairs" in capsys.readouterr().err
+
+
 def test_score_without_a_configuration_file(tiny_files: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
     words = ["score", "--model", str(tiny_files / "model"), "--forget", str(tiny_files / "negatives.jsonl")]
