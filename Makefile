@@ -31,7 +31,7 @@ RUN ?= runs/demo
 # After the installation nothing may reach for the network, and no thread pool may fight another one.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection bench-pa-gain bench-coverage faults test-environment notebooks screenshot experiment-smoke experiment-main experiment-tasks experiment-bases experiment-pairs experiment-policy-gradients experiment-ablation experiment-third experiment-signal experiment-validity experiment-rewards clean
+.PHONY: help install demo test lint format bench-scoring bench-rivals bench-selection bench-pa-gain bench-coverage faults test-environment notebooks screenshot experiment-smoke experiment-main experiment-tasks experiment-bases experiment-pairs experiment-policy-gradients experiment-ablation experiment-third experiment-threshold experiment-signal experiment-validity experiment-rewards clean
 help:
 	@echo "make demo    run all stages on the demo data, on the CPU"
 	@echo "make test    run the tests (not those marked slow, gpu or network)"
@@ -55,6 +55,7 @@ help:
 	@echo "make experiment-policy-gradients  what do RLOO, GRPO and PPO need for the same reward? (hours)"
 	@echo "make experiment-ablation  one change of U2A at a time (two hours)"
 	@echo "make experiment-third   a chosen third against a random one, the lowest rewards and all (two hours)"
+	@echo "make experiment-threshold  wrong labels: gains, a threshold on the reward, or both? (an hour)"
 	@echo "make experiment-rewards   do two reward models agree on the candidates of the comparison?"
 	@echo "make experiment-validity  predicted against measured gain on SmolLM2 (an hour)"
 	@echo "make clean   remove the environment, caches and runs"
@@ -122,7 +123,7 @@ experiment-main: $(STAMP)
 	  --processes 2 $(EXPERIMENT_OPTIONS)
 
 # Cells that stand in docs/results/NAME/cells.json are not run again; new ones are put there, with the tables.
-experiment-tasks experiment-bases experiment-pairs experiment-policy-gradients experiment-ablation experiment-third: experiment-%: $(STAMP)
+experiment-tasks experiment-bases experiment-pairs experiment-policy-gradients experiment-ablation experiment-third experiment-threshold: experiment-%: $(STAMP)
 	$(OFFLINE) U2A_DATA=$${U2A_DATA:-$(abspath ../shared/data)} $(VENV)/bin/u2a experiment configs/$@.yaml \
 	  --processes 2 --out docs/results/$* $(EXPERIMENT_OPTIONS)
 

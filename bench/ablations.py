@@ -17,7 +17,8 @@ from u2a.bilevel.select import spearman
 from u2a.bilevel.solve import score
 from u2a.bilevel.unrolled import Unrolled
 from u2a.bilevel.weight import drop_small, refine
-from u2a.config import RewardSection, SolveSection, UnlearnSection
+from u2a.config import SolveSection, UnlearnSection
+from u2a.config_reward import RewardSection
 from u2a.errors import NotConverged
 from u2a.record import derive_seed
 from u2a.reward.analysis import analyse

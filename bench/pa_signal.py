@@ -21,8 +21,9 @@ from prepared import prepared_settings
 
 from u2a.bilevel.select import spearman
 from u2a.bilevel.solve import score
+from u2a.experiment.by_reward import rewards_of
 from u2a.experiment.setting import Setting, open_setting
-from u2a.experiment.unlearning_arms import inner_problem, losses_of, outer_problem, rewards_of
+from u2a.experiment.unlearning_arms import inner_problem, losses_of, outer_problem
 from u2a.progress import Console
 from u2a.record import write_whole
 from u2a.types import Pair

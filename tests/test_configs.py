@@ -71,7 +71,18 @@ def test_the_protocols_of_the_experiments_name_methods_and_tasks_that_are_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("U2A_DATA", str(tmp_path))
-    names = ("main", "tasks", "bases", "pairs", "policy-gradients", "openings", "ablation", "third", "smoke")
+    names = (
+        "main",
+        "tasks",
+        "bases",
+        "pairs",
+        "policy-gradients",
+        "openings",
+        "ablation",
+        "third",
+        "threshold",
+        "smoke",
+    )
     assert {path.stem for path in PROTOCOLS} == {f"experiment-{name}" for name in names}
     for path in PROTOCOLS:
         protocol = load_protocol(path)

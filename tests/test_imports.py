@@ -39,6 +39,7 @@ LAYERS = (
     {"yaml_file"},
     {"config_base"},
     {"config_evaluation"},
+    {"config_reward"},
     {"config"},
     {"config_file"},
     {"completion"},

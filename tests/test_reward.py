@@ -24,9 +24,9 @@ from transformers import (
 from tiny import ask, examples, pairs, save_tiny, save_tiny_encoder, tiny_model, tiny_policy, tiny_tokenizer
 from u2a.card_words import in_words
 from u2a.cli import main
-from u2a.config import RewardSection
 from u2a.config_base import count_of
 from u2a.config_file import load_config
+from u2a.config_reward import RewardSection
 from u2a.early_checks import check_named_models
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, DataError, ModelError, NonFiniteError
@@ -505,6 +505,27 @@ def test_analysis_without_preference_pairs_has_no_threshold() -> None:
     table = analyse(ImplicitReward(tiny_policy()), examples(2), [], RewardSection())
     assert table.threshold is None
     assert [row.low_token_frac for row in table.rows] == [None, None]
+
+
+@given(frac=st.floats(0.05, 1.0), n=st.integers(1, 12), start=st.integers(0, 40))
+def test_the_midpoint_lets_only_lower_rewards_through(frac: float, n: int, start: int) -> None:
+    rows, preference = examples(n, start), pairs(6)
+    answers = [answer for pair in preference for answer in (pair.chosen, pair.rejected)]
+    middle = sum(map(len, answers)) / len(answers)
+    section = RewardSection(prefilter_frac=frac, prefilter_below="midpoint")
+    alone = {row.id for row in analyse(LENGTH, rows, preference, RewardSection(prefilter_frac=frac)).rows if row.kept}
+    expected = {row.id for row in rows if len(row.completion) < middle} & alone
+    if expected:
+        table = analyse(LENGTH, rows, preference, section)
+        assert {row.id for row in table.rows if row.kept} == expected and table.midpoint == pytest.approx(middle)
+    else:
+        with pytest.raises(ConfigError, match="prefilter_below: no candidate's reward is below"):
+            analyse(LENGTH, rows, preference, section)
+
+
+def test_the_midpoint_needs_pairs() -> None:
+    with pytest.raises(ConfigError, match="prefilter_below: midpoint needs preference pairs"):
+        analyse(LENGTH, examples(3), [], RewardSection(prefilter_below="midpoint"))
 
 
 @given(frac=st.floats(0.001, 1.0), n=st.integers(0, 12), start=st.integers(0, 40))

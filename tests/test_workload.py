@@ -21,8 +21,8 @@ from tiny import pairs, save_tiny, tiny_model, tiny_tokenizer
 from u2a.bilevel.candidates import CandidateLosses
 from u2a.bilevel.curvature import GaussNewtonOperator
 from u2a.bilevel.trajectory import plan_of
-from u2a.config import RewardSection
 from u2a.config_file import load_config
+from u2a.config_reward import RewardSection
 from u2a.errors import ModelError
 from u2a.forecast.dry_run import dry_run
 from u2a.forecast.flops import Shape, sizes_of

@@ -12,8 +12,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from u2a.config import RewardSection
 from u2a.config_evaluation import JudgeSection, RobustnessSection
+from u2a.config_reward import RewardSection
 from u2a.data import prompt_key, read_examples
 from u2a.early_checks import VERDICTS, check_early
 from u2a.errors import ConfigError

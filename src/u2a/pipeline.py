@@ -278,7 +278,8 @@ class Pipeline:
 
     @property
     def _reward_options(self) -> Mapping[str, object]:
-        section, fields = self.config.reward, {"model", "name_or_path", "quantile", "prefilter_frac"}
+        section = self.config.reward
+        fields = {"model", "name_or_path", "quantile", "prefilter_frac", "prefilter_below"}
         return section.model_dump(include=fields) | {"content": named_content(section.name_or_path)}
 
     @property

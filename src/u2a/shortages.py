@@ -43,6 +43,8 @@ def shortages(result: Partition, config: RunConfig, stage: str | None = None) ->
             f"retain: no rows, solve.damage_weight={solve.damage_weight:g} needs them "
             "(set data.retain, or solve.damage_weight to 0)"
         )
+    if reward.model != "none" and reward.prefilter_below != "none" and not chooses and not result.preference:
+        problems.append("preference: no pairs, reward.prefilter_below needs them (set data.preferences)")
     problems += _too_few_for_heads(result, config, evaluates)
     if config.finetune.enabled and not result.finetune:
         problems.append("finetune: no pairs (set data.finetune, or data.pairs with partition.finetune_frac > 0)")

@@ -198,12 +198,14 @@ class RewardTable(Record):
         threshold: low-reward threshold (token rewards where there are any, else sequence rewards):
             the ``quantile`` of the PA set's chosen answers.
         quantile: the quantile used.
+        midpoint: reward below which candidates are kept (``reward.prefilter_below``), or None.
         rows: one per candidate.
     """
 
     card: RewardCard
     threshold: float | None = None
     quantile: float | None = None
+    midpoint: float | None = None
     rows: tuple[RewardRow, ...] = ()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from small_experiment import equal_length, small_setting
 from u2a.bilevel.solve import score
 from u2a.errors import ConfigError
 from u2a.experiment.arm import Trained
+from u2a.experiment.by_reward import rewards_of
 from u2a.experiment.cell import Course, LevelResult
 from u2a.experiment.measured import Measured
 from u2a.experiment.meter import Meter
@@ -22,7 +24,6 @@ from u2a.experiment.unlearning_arms import (
     losses_of,
     outer_problem,
     retain_gains,
-    rewards_of,
     tuned,
 )
 
@@ -176,6 +177,24 @@ def test_the_prefilter_scores_only_candidates_of_low_reward() -> None:
     assert trained.selection is not None and set(trained.selection.weights) <= low
     assert trained.selection.reliability is not None and trained.selection.reliability.n_candidates == 6
     assert "reward" in meter.spent().flops
+
+
+def test_below_the_midpoint_all_are_unlearned_or_scored() -> None:
+    setting = small_setting(reward={"prefilter_below": "midpoint"}, solve={"fallback": "none", "n_selected": 12})
+    rewards = rewards_of(setting, setting.partition.forget)
+    pairs = setting.partition.preference
+    answers = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    middle = -sum(map(len, answers)) / len(answers)  # the shortest answer is the best one here
+    low = {name for name, reward in rewards.items() if reward < middle}
+    assert 0 < len(low) < len(rewards)
+    alone, meter, _ = run("below_midpoint", setting, 0)
+    assert alone.selection.weights == pytest.approx(dict.fromkeys(low, 1 / len(low)))
+    assert meter.spent().flops == {"reward": 0}  # a Python function computes no products
+    chosen, _, _ = run("u2a", setting, 1)
+    assert set(chosen.selection.weights) <= low and chosen.selection.reliability.n_candidates == len(low)
+    every = replace(setting, partition=setting.partition.model_copy(update={"preference": ()}))
+    with pytest.raises(ConfigError, match="midpoint needs preference pairs"):
+        run("below_midpoint", every, 0)
 
 
 def test_selections_are_charged_and_free_choices_are_not() -> None:

@@ -30,7 +30,8 @@ from u2a.bilevel.outer_problem import OuterProblem, split_preference
 from u2a.bilevel.select import Mean
 from u2a.bilevel.solve import score, solve
 from u2a.bilevel.weight import mirror_step
-from u2a.config import RewardSection, SolveSection, UnlearnSection
+from u2a.config import SolveSection, UnlearnSection
+from u2a.config_reward import RewardSection
 from u2a.errors import NonFiniteError
 from u2a.evaluation.decoding import Decoding
 from u2a.evaluation.expected_reward import sampled_reward

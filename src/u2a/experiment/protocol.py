@@ -33,7 +33,7 @@ from u2a.record import content_id, one_line
 from u2a.yaml_file import read_yaml
 
 FULL_ONLY = {*get_args(AnsweredName), *get_args(EqualName)}
-ARM_SECTIONS = ("unlearn", "solve", "reward.prefilter_frac")  # options an arm may set for itself; the rest is shared
+ARM_SECTIONS = ("unlearn", "solve", "reward.prefilter_frac", "reward.prefilter_below")  # what an arm may set for itself
 
 
 class Protocol(Section):
@@ -298,6 +298,8 @@ def decisive(config: RunConfig) -> dict[str, Any]:
     document["model"]["name_or_path"] = _content(config.model.name_or_path)
     if not config.model.template_options:  # cells from before there was this option keep their names
         del document["model"]["template_options"]
+    if config.reward.prefilter_below == "none":  # likewise
+        del document["reward"]["prefilter_below"]
     for name in SOURCES:
         source = getattr(config.data, name)
         document["data"][name] = None if source is None else _content(source)

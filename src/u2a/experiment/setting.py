@@ -11,7 +11,8 @@ from typing import Literal
 
 from transformers import PrinterCallback
 
-from u2a.config import RewardSection, RunConfig
+from u2a.config import RunConfig
+from u2a.config_reward import RewardSection
 from u2a.data import example_id, prompt_key
 from u2a.errors import ModelError
 from u2a.evaluation.arm import ArmResult, Instruments, evaluate_arm, item_groups

@@ -23,6 +23,7 @@ from u2a.config import UnlearnSection
 from u2a.errors import ConfigError
 from u2a.evaluation.expected_reward import sampled_reward
 from u2a.experiment.arm import UNTIL_SPENT, Budget, BudgetCallback, Selection, Track, Trained
+from u2a.experiment.by_reward import below_midpoint, lowest, prefiltered, rewards_of
 from u2a.experiment.meter import Meter
 from u2a.experiment.setting import Setting
 from u2a.record import derive_seed
@@ -202,22 +203,6 @@ def _size(setting: Setting, problem: InnerProblem) -> int:
     return n_to_select(problem, OuterProblem((), setting.config.solve))
 
 
-def lowest(values: Mapping[str, float], k: int) -> list[str]:
-    """The ids of the k lowest values; ties by id.
-
-    Args:
-        values: value by id.
-        k: how many.
-
-    Returns:
-        Ids, lowest first.
-
-    >>> lowest({"a": 2.0, "b": 1.0, "c": 1.0}, 2)
-    ['b', 'c']
-    """
-    return sorted(values, key=lambda name: (values[name], name))[:k]
-
-
 def choose_all(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
     """All candidates with equal weights."""
     return _uniform([row.id for row in problem.forget]), ""
@@ -242,6 +227,12 @@ def choose_lowest_reward(setting: Setting, problem: InnerProblem, meter: Meter) 
         return _uniform(lowest(rewards_of(setting, problem.forget), _size(setting, problem))), ""
 
 
+def choose_below_midpoint(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
+    """All candidates whose reward lies below the PA set's midpoint: how many is told by the rewards, too."""
+    with meter.phase("reward"):
+        return _uniform(below_midpoint(setting, rewards_of(setting, problem.forget))), ""
+
+
 def choose_lowest_reward_as_many(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
     """The lowest rewards, as many as u2a takes (a control: finding out how many is not charged)."""
     with meter.paused():
@@ -250,25 +241,6 @@ def choose_lowest_reward_as_many(setting: Setting, problem: InnerProblem, meter:
         setting.policy.forget_reference_sums()  # this arm pays for its own
     with meter.phase("reward"):
         return _uniform(lowest(rewards_of(setting, problem.forget), size)), ""
-
-
-def rewards_of(setting: Setting, rows: Sequence[Example]) -> dict[str, float]:
-    """Rewards of bad answers under the selecting reward model.
-
-    Args:
-        setting: gives the model.
-        rows: the answers.
-
-    Returns:
-        Reward by id.
-
-    Raises:
-        ConfigError: there is no reward model.
-    """
-    if setting.selecting_reward is None:
-        raise ConfigError("rewards of candidates need a reward model (set reward.model)")
-    values = setting.selecting_reward.score([row.prompt for row in rows], [row.completion for row in rows])
-    return {row.id: float(value) for row, value in zip(rows, values, strict=True)}
 
 
 def choose_highest_loss(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
@@ -360,7 +332,7 @@ def retain_gains(setting: Setting, problem: InnerProblem) -> ScoreTable:
 def choose_by_u2a(setting: Setting, problem: InnerProblem, meter: Meter) -> tuple[Selection, str]:
     """Who and how strongly, by the bi-level solver under the options of the section ``solve``."""
     k = _size(setting, problem)
-    kept = _prefiltered(setting, problem, meter)
+    kept = prefiltered(setting, problem, meter)
     with meter.phase("select"):
         outer = outer_problem(setting, kept)
         options = outer.section.model_copy(update={"n_selected": min(k, len(kept.forget))})
@@ -368,17 +340,6 @@ def choose_by_u2a(setting: Setting, problem: InnerProblem, meter: Meter) -> tupl
         solution = solve(solver, kept, replace(outer, section=options), setting.console)
     note = "" if solution.fallback == "none" else solution.stopped
     return Selection(solution.weights, solution.scores.reliability, solution.fallback), note
-
-
-def _prefiltered(setting: Setting, problem: InnerProblem, meter: Meter) -> InnerProblem:
-    """The share of the candidates with the lowest reward, where the options score only a share."""
-    share = setting.config.reward.prefilter_frac
-    if share == 1.0:
-        return problem
-    with meter.phase("reward"):
-        rewards = rewards_of(setting, problem.forget)
-    kept = set(lowest(rewards, math.ceil(share * len(rewards))))
-    return replace(problem, forget=tuple(row for row in problem.forget if row.id in kept))
 
 
 UNLEARNING_ARMS: dict[str, Original | Retrain | Weighted] = {
@@ -391,6 +352,7 @@ UNLEARNING_ARMS: dict[str, Original | Retrain | Weighted] = {
         Weighted("random_k_late", choose_random_late),
         Weighted("lowest_reward_k", choose_lowest_reward),
         Weighted("lowest_reward_as_u2a", choose_lowest_reward_as_many),
+        Weighted("below_midpoint", choose_below_midpoint),
         Weighted("highest_loss_k", choose_highest_loss),
         Weighted("top_k", choose_top),
         Weighted("bottom_k", choose_bottom),

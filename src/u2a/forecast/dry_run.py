@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from u2a.config import RewardSection, RunConfig
+from u2a.config import RunConfig
+from u2a.config_reward import RewardSection
 from u2a.early_checks import VERDICTS
 from u2a.encoding import Encoder
 from u2a.errors import ConfigError, ModelError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from u2a.config import RewardSection
+from u2a.config_reward import RewardSection
 from u2a.forecast.probe import Meter, Unit, counted_flops
 from u2a.packaged import resolve_model
 from u2a.reward.base import prompt_text

@@ -15,7 +15,8 @@ from u2a.arms import NOT_UNLEARNED, SOLUTION_ARM, arms_of, control_weights
 from u2a.bilevel.objective import Item, item_batches
 from u2a.bilevel.outer_problem import OuterProblem, split_preference
 from u2a.bilevel.solve import n_to_select
-from u2a.config import RewardSection, RunConfig
+from u2a.config import RunConfig
+from u2a.config_reward import RewardSection
 from u2a.encoding import Encoded, Encoder, token_batches
 from u2a.evaluation.arm import prompts_answered
 from u2a.evaluation.evaluate import EQUAL_PPL

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from u2a.bilevel.select import ranking
-from u2a.config import RewardSection
 from u2a.config_base import count_of
+from u2a.config_reward import RewardSection
 from u2a.data import prompt_key
 from u2a.errors import ConfigError
 from u2a.model_loading import pick_device
@@ -106,7 +107,7 @@ def analyse(
         forget: negative candidates.
         preference: PA pairs: they set the threshold, and the card is measured on them.
         section: quantile and pre-filter; with ``prefilter_frac`` f the ceil(f n) candidates of lowest
-            reward are kept, ties by id.
+            reward are kept, ties by id, and with ``prefilter_below`` those of them below :func:`midpoint`.
         n_train: pairs the model was trained on here, for the card.
 
     Returns:
@@ -114,6 +115,7 @@ def analyse(
 
     Raises:
         NonFiniteError: a reward is not finite.
+        ConfigError: ``prefilter_below`` without pairs, or no candidate lies below.
     """
     prompts, answers = [row.prompt for row in forget], [row.completion for row in forget]
     with naming([row.id for row in forget]):
@@ -122,7 +124,13 @@ def analyse(
     threshold = _threshold(model, preference, section.quantile)
     n_kept = count_of(section.prefilter_frac, len(forget))
     order = ranking(-torch.tensor(rewards, dtype=torch.float64), [row.id for row in forget])
-    kept = set(order[:n_kept])
+    below = midpoint(model, preference) if section.prefilter_below == "midpoint" else math.inf
+    kept = {index for index in order[:n_kept] if rewards[index] < below}
+    if forget and not kept:
+        raise ConfigError(
+            f"reward.prefilter_below: no candidate's reward is below {below:.4g} "
+            "(set it to none: this reward model takes all of them for good answers)"
+        )
     rows = []
     for index, example in enumerate(forget):
         token = None if tokens is None else tokens[index]
@@ -137,7 +145,34 @@ def analyse(
             )
         )
     card = reward_card(model, preference, n_train)
-    return RewardTable(card=card, threshold=threshold, quantile=section.quantile, rows=tuple(rows))
+    return RewardTable(
+        card=card,
+        threshold=threshold,
+        quantile=section.quantile,
+        midpoint=below if math.isfinite(below) else None,
+        rows=tuple(rows),
+    )
+
+
+def midpoint(model: RewardModel, preference: Sequence[Pair]) -> float:
+    """The reward half-way between good and bad answers: what tells them apart best where both spread alike.
+
+    Args:
+        model: the reward model.
+        preference: PA pairs.
+
+    Returns:
+        Mean over the pairs of (r_chosen + r_rejected) / 2.
+
+    Raises:
+        ConfigError: there are no pairs.
+        NonFiniteError: a reward is not finite.
+    """
+    if not preference:
+        raise ConfigError("reward.prefilter_below: midpoint needs preference pairs (set data.preferences)")
+    prompts = [pair.prompt for pair in preference]
+    answers = [*(pair.chosen for pair in preference), *(pair.rejected for pair in preference)]
+    return float(model.score([*prompts, *prompts], answers).double().mean())
 
 
 def _threshold(model: RewardModel, preference: Sequence[Pair], quantile: float) -> float | None:
