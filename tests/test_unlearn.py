@@ -125,8 +125,8 @@ def test_weighted_rows_carry_their_weights() -> None:
 # --- learning rate ----------------------------------------------------------------------------------
 
 
-def rates(monkeypatch: pytest.MonkeyPatch, **section) -> list[float]:
-    """Learning rate of every step."""
+def rates(monkeypatch: pytest.MonkeyPatch, steps: int | None = None, **section) -> list[float]:
+    """Learning rate of every step, of a whole run or of a shortened one."""
     seen: list[float] = []
 
     class Watch(TrainerCallback):
@@ -140,7 +140,8 @@ def rates(monkeypatch: pytest.MonkeyPatch, **section) -> list[float]:
         pass
 
     monkeypatch.setattr(MODULE, "StepReporter", Both)
-    inner = problem(retain_term="none", learning_rate=1.0e-3, max_steps=8, **section).shortened(8)
+    inner = replace(problem(**{"retain_term": "none", "max_steps": 8} | section), guard_rows=())
+    inner = inner if steps is None else inner.shortened(steps)
     unlearn(tiny_policy(), inner, inner.uniform())
     return [rate / 1e-3 for rate in seen]
 
@@ -155,6 +156,15 @@ def test_warm_up_rises_linearly_also_with_a_constant_rate(monkeypatch: pytest.Mo
 
 def test_a_warm_up_over_the_whole_run_is_not_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates(monkeypatch, warmup_ratio=1.0) == pytest.approx([k / 8 for k in range(8)])
+
+
+def test_a_run_of_one_step_has_no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rates(monkeypatch, warmup_ratio=0.5, max_steps=1) == [1.0]
+
+
+@pytest.mark.parametrize("section", [{"warmup_ratio": 0.5}, {"lr_scheduler": "linear"}])
+def test_the_short_run_before_scoring_has_the_full_rate(monkeypatch: pytest.MonkeyPatch, section: dict) -> None:
+    assert rates(monkeypatch, steps=2, **section) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

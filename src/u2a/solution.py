@@ -88,7 +88,7 @@ class ScoreTable(Record):
         objective_value: J on the PA set at the point of scoring.
         objective_se: its standard error over prompts, or None.
         reliability: split-half reliability and signal.
-        solve: status of the linear solve, one per fold.
+        solve: status of the linear solves: one per fold, and one each for the common direction and the damage.
         scorer_error: relative disagreement with exact derivatives on a sample, or None.
     """
 
@@ -111,7 +111,7 @@ class WeightRow(Row):
     Attributes:
         id: the example's id.
         weight: omega_i (0 when not selected; all weights sum to 1).
-        estimate: gain estimate of the round whose weights these are.
+        estimate: gain estimate of the round whose weights these are (of the last one, where they were refined).
         reason: why it is in or out, in a few words.
     """
 

@@ -80,7 +80,7 @@ class InnerProblem:
         return dict.fromkeys((row.id for row in self.forget), 1.0 / len(self.forget))
 
     def shortened(self, steps: int) -> InnerProblem:
-        """The same problem solved with fewer steps and without the guard (warm-up).
+        """The same problem solved with fewer steps at the full learning rate, and without the guard (warm-up).
 
         Args:
             steps: optimiser steps, >= 1.
@@ -88,7 +88,8 @@ class InnerProblem:
         Returns:
             A changed copy.
         """
-        return replace(self, section=self.section.model_copy(update={"max_steps": steps}), guard_rows=())
+        constant = {"max_steps": steps, "lr_scheduler": "constant", "warmup_ratio": 0.0}
+        return replace(self, section=self.section.model_copy(update=constant), guard_rows=())
 
 
 def unlearn(
@@ -288,7 +289,7 @@ def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int)
         guard=False,  # the caller's guard watches rows that are not trained on
         learning_rate=section.learning_rate,
         lr_scheduler_type="constant_with_warmup" if section.lr_scheduler == "constant" else section.lr_scheduler,
-        warmup_steps=math.ceil(section.warmup_ratio * section.max_steps),  # "constant" alone would ignore it
+        warmup_steps=warmup_steps(section),  # "constant" alone would ignore them
         max_steps=section.max_steps,
         per_device_train_batch_size=min(section.batch_size, n_rows),
         gradient_accumulation_steps=section.gradient_accumulation_steps,
@@ -307,6 +308,18 @@ def _arguments(problem: InnerProblem, policy: Policy, folder: Path, n_rows: int)
         use_cpu=policy.device.type == "cpu",
         dataloader_pin_memory=policy.device.type != "cpu",
     )
+
+
+def warmup_steps(section: UnlearnSection) -> int:
+    """Steps over which the learning rate rises from 0.
+
+    Args:
+        section: ``warmup_ratio`` and ``max_steps``.
+
+    Returns:
+        ceil(ratio x steps); none in a run of one step, which would have rate 0.
+    """
+    return math.ceil(section.warmup_ratio * section.max_steps) if section.max_steps > 1 else 0
 
 
 def problem_id(problem: InnerProblem, rows: tuple[Example, ...]) -> str:

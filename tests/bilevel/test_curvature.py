@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from small import WEIGHTS, B, direction, inner_by_hand, retain_by_hand, small_po
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tiny import tiny_model, tiny_policy, tiny_tokenizer
+from tiny import ask, tiny_model, tiny_policy, tiny_tokenizer
 from u2a.bilevel.attention import second_order_attention
 from u2a.bilevel.curvature import Curvature, GaussNewton, Hessian, make_curvature
 from u2a.bilevel.fisher import AdamMetric, DiagonalFisher
@@ -27,6 +28,8 @@ from u2a.bilevel.proximal import proximal_diagonal, proximal_product
 from u2a.bilevel.vectors import dot, norm, plus
 from u2a.config import AdapterConfig, UnlearnSection
 from u2a.encoding import Encoded
+from u2a.errors import NonFiniteError
+from u2a.losses import make_loss
 from u2a.modeling import Params, Policy
 from u2a.reference.dense import dense_gradient, dense_hessian, flatten, matrix_of, unflatten
 
@@ -270,6 +273,56 @@ def test_adam_metric_is_the_root_of_the_mean_square_of_minibatch_gradients():
     assert relative(flatten(found.entries), exact) < 1e-6  # reference sums are kept in float32
 
 
+def test_adam_metric_clips_minibatch_gradients_as_the_optimiser_does():
+    policy = shared_policy()
+    inner = terms(policy, "npo", "none")
+    theta = theta_of(policy)
+    alone = [dense_gradient(inner_by_hand(policy, ("npo", "none"), [row], [1.0], ()), theta) for row in inner.rows]
+    steps = [3 * w * g for w, g in zip(WEIGHTS, alone, strict=True)]
+    sizes = sorted(float(step.norm()) for step in steps)
+    limit = (sizes[0] + sizes[1]) / 2  # the smallest one is left as it is
+    clipped = [step * min(1.0, limit / (float(step.norm()) + 1e-6)) for step in steps]
+    exact = torch.stack(clipped).square().mean(0).sqrt() + 1e-8
+    metric = AdamMetric(batch_size=1, minibatches=3, max_norm=limit)
+    assert relative(flatten(metric.at(inner).entries), exact) < 1e-6
+    assert "max_norm" in metric.name and metric.name != AdamMetric(batch_size=1, minibatches=3).name
+    assert make_curvature("adam", UnlearnSection(max_grad_norm=0.5)) == AdamMetric(max_norm=0.5)
+
+
+def test_adam_metric_has_the_typical_entry_where_no_minibatch_comes():
+    """Full fine-tuning: rows of the embedding that belong to other texts have no gradient in the sample."""
+    policy = tiny_policy(adapter=False)
+    row = policy.encoder.encode(ask("tea?"), "no")
+    inner = InnerTerms(policy, make_loss("ga", B), (row,), torch.ones(1, dtype=torch.float64), torch.zeros(1))
+    gradient = inner.gradient()
+    entries = AdamMetric(batch_size=1, minibatches=1).at(inner).entries
+    reached = torch.cat([value[value != 0] for value in gradient.values()]).double()
+    typical = float(reached.square().mean().sqrt())
+    missed = torch.cat([entries[name][value == 0] for name, value in gradient.items()])
+    assert len(missed) > 100 and torch.allclose(missed, torch.full_like(missed, typical), rtol=1e-5)
+    for name, value in gradient.items():
+        assert torch.allclose(entries[name][value != 0], value[value != 0].abs(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_diagonal_that_is_not_finite_is_an_error_and_no_gain_of_zero(bad: float):
+    right = {"a": torch.tensor([1.0, 2.0])}
+    with pytest.raises(NonFiniteError, match="diagonal curvature at a"):
+        Diagonal({"a": torch.tensor([bad, 1.0])}).solve(right, 0.1)
+    with pytest.raises(NonFiniteError, match="diagonal curvature at a"):
+        Diagonal({"a": torch.ones(2)}).solve({"a": torch.tensor([bad, 1.0])}, 0.1)
+
+
+def test_the_fisher_of_a_row_without_a_distribution_is_an_error_of_ours():
+    policy = tiny_policy()
+    row = policy.encoder.encode(ask("tea?"), "no")
+    inner = InnerTerms(policy, make_loss("ga", B), (row,), torch.ones(1, dtype=torch.float64), torch.zeros(1))
+    with torch.no_grad():
+        next(value for name, value in policy.model.named_parameters() if "embed" in name)[:] = math.nan
+    with pytest.raises(NonFiniteError, match="probabilities of a row"):
+        DiagonalFisher().at(inner)
+
+
 def symmetric(eigenvalues: Tensor, seed: int) -> Tensor:
     size = len(eigenvalues)
     generator = torch.Generator().manual_seed(seed)
@@ -343,8 +396,9 @@ def test_unit_of_damping_of_every_curvature_against_dense_eigenvalues():
 
 def test_configured_curvatures():
     found = [make_curvature(name, UnlearnSection()) for name in ("hessian", "gauss_newton", "fisher", "adam")]
-    assert found == [Hessian(), GaussNewton(), DiagonalFisher(), AdamMetric()]
-    names = ["hessian", "gauss_newton", "fisher(draws=1, seed=0)", "adam(batch_size=8, minibatches=8, eps=1e-08)"]
+    assert found == [Hessian(), GaussNewton(), DiagonalFisher(), AdamMetric(max_norm=1.0)]
+    names = ["hessian", "gauss_newton", "fisher(draws=1, seed=0)"]
+    names += ["adam(batch_size=8, minibatches=8, eps=1e-08, max_norm=1)"]
     assert [curvature.name for curvature in found] == names
 
 

@@ -324,6 +324,12 @@ def test_decide(found: FoldStatistics, estimates: Tensor, fallback: str, expecte
     assert decide(found, estimates, fallback) == expected
 
 
+def test_decide_without_signal_counts_the_damage_to_the_retain_rows():
+    noise = statistics([0.3, -0.1], 0.1, -0.5)  # no signal, mean gain 0.1
+    assert decide(noise, DOWN, "random_k", damage=0.0) == "random_k"
+    assert decide(noise, DOWN, "random_k", damage=50.0) == "empty"
+
+
 def test_top_block_breaks_ties_by_id_and_takes_only_promising_free_ones():
     ids = ["d", "b", "c", "a", "e", "f"]
     estimates = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.0, -1.0])

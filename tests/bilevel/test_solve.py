@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,10 +13,11 @@ from scenes import INNER, QUIET, ROWS, noise, outer, run, scripted
 from torch import Tensor, nn
 
 from tiny import tiny_policy
-from u2a.bilevel.gains import Gains, Reached, compute_gains
+from u2a.bilevel.gains import Gains, Reached, compute_gains, search_id
 from u2a.bilevel.objective import CustomObjective, objective_values
 from u2a.bilevel.outcome import random_weights
 from u2a.bilevel.outer_problem import split_preference
+from u2a.bilevel.reward_objective import Drawn, ExpectedReward
 from u2a.bilevel.select import Shrunken, alike, fold_statistics
 from u2a.bilevel.solve import _refined, n_to_select, score, solve
 from u2a.bilevel.weight import frank_wolfe_gap, refine, with_block
@@ -271,6 +273,24 @@ def test_same_seed_same_solution_and_another_order_of_candidates_changes_nothing
     for name, weight in first.weights.items():
         assert other.weights[name] == pytest.approx(weight, rel=1e-3)
     assert [row.id for row in other.rows] == [row.id for row in shuffled.forget]
+
+
+def test_progress_is_known_by_the_label_of_an_objective_around_a_function():
+    policy = tiny_policy()
+
+    def value(model: nn.Module, rows: list[Pair]) -> Tensor:
+        return torch.zeros(len(rows))
+
+    def draw(policy: Policy, pairs: Sequence[Pair]) -> list[Drawn]:
+        return []
+
+    named = [CustomObjective(value, "one"), CustomObjective(value, "two")]
+    named += [ExpectedReward(draw, "one"), ExpectedReward(draw, "two")]
+    ids = {search_id(policy, INNER, outer(objective)) for objective in named}
+    assert len(ids) == 4
+    for unnamed in (CustomObjective(value), ExpectedReward(draw)):
+        with pytest.raises(ConfigError, match="label of its own"):
+            search_id(policy, INNER, outer(unnamed))
 
 
 def test_memo_restores_what_a_fresh_run_gives():

@@ -141,6 +141,18 @@ def test_damage_is_the_slope_of_the_retain_nll_when_a_candidate_is_unlearned():
     assert float(found.estimates[2]) == pytest.approx(float(table().estimates[2]) - measured, rel=1e-4)
 
 
+def test_damage_is_that_of_a_draw_whatever_the_order_of_the_retain_rows():
+    section = SolveSection(adjoint="identity", scorer="jvp", folds=3, damage_weight=1.0, curvature_samples=3)
+    rows, found = examples(12, start=200), []
+    for retain in (rows, rows[::-1], rows[:3]):
+        inner = InnerProblem(ROWS, retain, section=UnlearnSection(loss="npo", retain_term="nll"))
+        outer = OuterProblem(PAIRS, section)
+        split = split_preference(outer)
+        gains = compute_gains(small_policy(), inner, outer, split, Reached(inner.uniform()), QUIET)
+        found.append([row.damage for row in gains.table.rows])
+    assert found[0] == pytest.approx(found[1], rel=1e-5) != pytest.approx(found[2], rel=1e-2)
+
+
 def test_damage_without_retain_rows_and_pooling_without_clusters_are_refused():
     section = SolveSection(adjoint="identity", scorer="jvp", damage_weight=1.0)
     inner = InnerProblem(ROWS, section=UnlearnSection(loss="ga", retain_term="none"))

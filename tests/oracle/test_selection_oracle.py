@@ -103,6 +103,8 @@ def test_best_subset_and_lowest_point_know_a_closed_form():
     assert value == pytest.approx(0.0, abs=1e-12)
     with pytest.raises(ValueError, match="no subset"):
         best_subset(problem.value, 2, (3,))
+    alone = QuadraticProblem(one[:1], centres[:1], torch.zeros(1).double(), torch.ones(1).double(), strength=1e-9)
+    assert lowest_on_simplex(alone)[0].tolist() == [1.0]
 
 
 def convex(seed: int, n: int = 5) -> QuadraticProblem:

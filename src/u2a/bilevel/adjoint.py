@@ -18,7 +18,7 @@ from u2a.progress import Console
 from u2a.record import derive_seed
 from u2a.solution import SolveStatus
 from u2a.stream import permutation
-from u2a.types import UnlearnResult
+from u2a.types import Example, UnlearnResult
 from u2a.unlearn import InnerProblem
 
 
@@ -48,15 +48,14 @@ class InnerPoint:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps between theta_0 and here."""
+        """Optimiser steps of the inner run: those that led here, or, after a warm-up, those it will have."""
         return self.problem.section.max_steps if self.result is None else self.result.steps_kept
 
     def terms(self) -> InnerTerms:
         """The inner problem on a seeded sample of the weighted candidates and retain rows, for a curvature."""
         inner, most = self.problem, self.section.curvature_samples
-        chosen = sorted((row for row in inner.forget if self.weights.get(row.id, 0.0) > 0), key=lambda row: row.id)
-        order = permutation(derive_seed(self.seed, "curvature"), 0, len(chosen))[:most]
-        chosen = [chosen[k] for k in order]
+        weighted = [row for row in inner.forget if self.weights.get(row.id, 0.0) > 0]
+        chosen = sample(weighted, most, self.seed, "curvature")
         encode = self.policy.encoder.encode
         rows = tuple(encode(row.prompt, row.completion) for row in chosen)
         mass = torch.tensor([self.weights[row.id] for row in chosen], dtype=torch.float64)
@@ -68,10 +67,28 @@ class InnerPoint:
             rows=rows,
             weights=mass / mass.sum(),
             reference_sums=self.policy.reference_sums(rows) if inner.loss.needs_reference else torch.zeros(len(rows)),
-            retain=tuple(encode(row.prompt, row.completion) for row in inner.retain[:n_retain]),
+            retain=tuple(
+                encode(row.prompt, row.completion) for row in sample(inner.retain, n_retain, self.seed, "retain")
+            ),
             term=term,
             retain_weight=inner.section.retain_weight,
         )
+
+
+def sample(rows: Sequence[Example], most: int, seed: int, purpose: str) -> list[Example]:
+    """Draw rows whose order does not matter.
+
+    Args:
+        rows: distinct rows.
+        most: how many at most.
+        seed: of the draw.
+        purpose: what for; another purpose is another draw.
+
+    Returns:
+        The rows, in random order.
+    """
+    ordered = sorted(rows, key=lambda row: row.id)
+    return [ordered[k] for k in permutation(derive_seed(seed, purpose), 0, len(ordered))[:most]]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ symmetric operator on parameter space, of which only products with vectors are e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -180,6 +181,7 @@ def make_curvature(name: str, unlearn: UnlearnSection) -> Curvature:
             batch_size=unlearn.batch_size * unlearn.gradient_accumulation_steps,
             retain_batch_size=unlearn.retain_batch_size * unlearn.gradient_accumulation_steps,
             eps=unlearn.adam_epsilon,
+            max_norm=unlearn.max_grad_norm or math.inf,
         ),
     }
     return curvatures[name]

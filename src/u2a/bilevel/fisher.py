@@ -6,6 +6,7 @@ with them is solved in closed form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,11 +16,14 @@ from torch import Tensor
 from u2a.bilevel.inner_terms import InnerTerms
 from u2a.bilevel.operators import Diagonal
 from u2a.bilevel.proximal import proximal_diagonal
-from u2a.bilevel.vectors import zeros_like
+from u2a.bilevel.vectors import norm, zeros_like
 from u2a.encoding import Encoded
+from u2a.errors import NonFiniteError
 from u2a.modeling import Params, Policy
 from u2a.record import derive_seed
 from u2a.stream import stream_index
+
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class DiagonalFisher:
 def _sample(logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """Draw (answer, draws) labels on the CPU, so that they are the same on any device."""
     probabilities = logits.detach().softmax(-1).cpu()
+    if not bool(probabilities.isfinite().all()):
+        raise NonFiniteError("probabilities of a row for the curvature", "solve")
     return torch.multinomial(probabilities, draws, replacement=True, generator=generator).to(logits.device)
 
 
@@ -94,8 +100,9 @@ class AdamMetric:
     Adam divides a gradient by sqrt(v) + eps, so H^-1 ~ the optimiser's preconditioner, and the gain of a candidate
     becomes the inner product of grad J and grad l_k in the metric of the optimiser that is really used. v is the
     mean, over the minibatches of a run's seeded stream, of the squared gradient of a minibatch's loss
-    mean_{i in B} (n w_i) l_i + lambda L_R at the current theta: what Adam's second moment would settle at if theta
-    stood still.
+    mean_{i in B} (n w_i) l_i + lambda L_R at the current theta, clipped as the optimiser's is: what Adam's second
+    moment would settle at if theta stood still. Entries that no minibatch reaches (rows of an embedding whose tokens
+    it does not hold) say nothing of the metric; they take the root mean square of those that were reached.
 
     Entries have the unit of a gradient, not of a curvature; they are known up to a factor only (the learning rate),
     which changes no ranking. eps damps them already: use damping 0, or a share of the mean entry; a damping of
@@ -106,6 +113,7 @@ class AdamMetric:
         retain_batch_size: retain rows per step, >= 1.
         minibatches: gradients taken, >= 1.
         eps: added to the root, > 0; Adam's.
+        max_norm: a minibatch's gradient is scaled to this norm at most, > 0; infinite: no clipping.
         seed: of the stream.
 
     Source: Kingma and Ba 2015, arXiv 1412.6980.
@@ -115,20 +123,29 @@ class AdamMetric:
     retain_batch_size: int = 4
     minibatches: int = 8
     eps: float = 1e-8
+    max_norm: float = math.inf
     seed: int = 0
 
     @property
     def name(self) -> str:
         """Name with parameters."""
-        return f"adam(batch_size={self.batch_size}, minibatches={self.minibatches}, eps={self.eps:g})"
+        clipped = "" if math.isinf(self.max_norm) else f", max_norm={self.max_norm:g}"
+        return f"adam(batch_size={self.batch_size}, minibatches={self.minibatches}, eps={self.eps:g}{clipped})"
 
     def at(self, terms: InnerTerms) -> Diagonal:
         """See :class:`~u2a.bilevel.curvature.Curvature`."""
         mean_square = zeros_like(terms.policy.trainable())
         for number in range(self.minibatches):
-            for name, gradient in self._minibatch(terms, number).gradient().items():
-                mean_square[name] += gradient.square() / self.minibatches
-        return Diagonal({name: value.sqrt() + self.eps for name, value in mean_square.items()})
+            gradients = self._minibatch(terms, number).gradient()
+            factor = min(1.0, self.max_norm / (norm(gradients) + CLIP_EPS))
+            for name, gradient in gradients.items():
+                mean_square[name] += (factor * gradient).square() / self.minibatches
+        reached = sum(int((value > 0).sum()) for value in mean_square.values())
+        total = math.fsum(float(value.double().sum()) for value in mean_square.values())
+        typical = total / reached if reached else 0.0
+        return Diagonal(
+            {name: torch.where(value > 0, value, typical).sqrt() + self.eps for name, value in mean_square.items()}
+        )
 
     def _minibatch(self, terms: InnerTerms, number: int) -> InnerTerms:
         """The inner problem of one minibatch: its expectation over the stream is the whole."""

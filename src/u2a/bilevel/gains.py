@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from u2a.batch_size import forward_batches
-from u2a.bilevel.adjoint import Adjoint, InnerPoint
+from u2a.bilevel.adjoint import Adjoint, InnerPoint, sample
 from u2a.bilevel.candidates import CandidateLosses, in_several_processes
 from u2a.bilevel.fold_gradients import fold_gradients
 from u2a.bilevel.hypergrad import make_adjoint
-from u2a.bilevel.objective import ObjectiveGradient
+from u2a.bilevel.objective import UNNAMED, CustomObjective, Objective, ObjectiveGradient
 from u2a.bilevel.outer_problem import Folds, OuterProblem
+from u2a.bilevel.reward_objective import ExpectedReward
 from u2a.bilevel.select import FoldStatistics, alike, fold_statistics, make_estimator, reliability
 from u2a.bilevel.variance import pooled, without_common
 from u2a.bilevel.vectors import dot, scaled, zeros_like
@@ -44,12 +45,14 @@ class Gains:
         statistics: gains with their uncertainty.
         estimates: (n,) what candidates are ranked by.
         plain: (n,) the same without regard to the noise.
+        damage: mean over the candidates of what the estimates subtract for the retain rows, 0 without.
     """
 
     table: ScoreTable
     statistics: FoldStatistics
     estimates: Tensor
     plain: Tensor
+    damage: float = 0.0
 
     @property
     def unit(self) -> float:
@@ -103,7 +106,7 @@ def compute_gains(
     kept = _parts(policy, inner, outer, folds, reached).of(adjoint.name)
     parts = fold_gradients(policy, objective, folds.folds, section.pair_clip, kept, console)
     losses = replace(candidate_losses(policy, inner), parts=kept)
-    extra = _extra_gradients(policy, inner, section, losses, console)
+    extra = _extra_gradients(policy, inner, outer, losses, console)
     point = InnerPoint(policy, inner, reached.weights, losses, section, outer.seed, reached.result, kept)
     found = adjoint.derivatives(point, [*(part.gradient for part in parts), *extra.values()], console)
     _check(found.values, losses.ids)
@@ -132,7 +135,8 @@ def compute_gains(
         solve=found.solves,
         scorer_error=found.error,
     )
-    return Gains(table, statistics, estimates, plain)
+    mean_damage = 0.0 if damage is None else section.damage_weight * float(damage.mean())
+    return Gains(table, statistics, estimates, plain, mean_damage)
 
 
 def mean_se(values: Tensor, groups: Sequence[str]) -> float | None:
@@ -186,19 +190,34 @@ def search_id(policy: Policy, inner: InnerProblem, outer: OuterProblem) -> str:
         outer: preference pairs and outer options.
 
     Returns:
-        The id; how often checkpoints are saved does not change it.
+        The id; how often checkpoints are saved does not change it. What a function computes cannot be told, so an
+        objective around one is known by its label.
+
+    Raises:
+        ConfigError: an objective without a label of its own.
     """
     pairs = content_id(*(pair.model_dump_json() for pair in outer.preference))
     clusters = json.dumps(outer.clusters_of(inner))
     section = outer.section.model_dump_json()
-    options = (clusters, section, outer.objective_value().name, str(outer.seed))
+    options = (clusters, section, _identity_of(outer.objective_value()), str(outer.seed))
     return content_id(run_id(policy, inner, inner.forget), pairs, *options)
 
 
+def _identity_of(objective: Objective) -> str:
+    unnamed = {CustomObjective: UNNAMED, ExpectedReward: ""}
+    if isinstance(objective, CustomObjective | ExpectedReward):
+        if objective.label == unnamed[type(objective)]:
+            kind = type(objective).__name__
+            raise ConfigError(f"checkpoints: give the {kind} a label of its own (its progress is known by it)")
+        return f"{objective.name}: {objective.label}"
+    return objective.name
+
+
 def _extra_gradients(
-    policy: Policy, inner: InnerProblem, section: SolveSection, losses: CandidateLosses, console: Console
+    policy: Policy, inner: InnerProblem, outer: OuterProblem, losses: CandidateLosses, console: Console
 ) -> dict[str, Params]:
     """Gradients beside those of J: ``common``, that of the mean candidate loss, and ``retain``, minus the utility."""
+    section = outer.section
     out: dict[str, Params] = {}
     if section.remove_common:
         with console.phase("mean candidate gradient", len(losses.rows), "candidates") as advance:
@@ -206,7 +225,7 @@ def _extra_gradients(
     if section.damage_weight > 0.0:
         if not inner.retain:
             raise ConfigError("solve.damage_weight needs retain rows (set data.retain, or damage_weight to 0)")
-        rows = inner.retain[: section.curvature_samples]
+        rows = sample(inner.retain, section.curvature_samples, outer.seed, "damage")
         encoded = tuple(policy.encoder.encode(row.prompt, row.completion, row.source or row.id) for row in rows)
         utility = CandidateLosses(policy, SFT(), encoded, torch.zeros(len(rows)), tuple(row.id for row in rows))
         with console.phase("retain gradient", len(rows), "rows") as advance:

@@ -201,7 +201,7 @@ class Neumann:
     def name(self) -> str:
         """Name with parameters."""
         step = "auto" if self.step is None else f"{self.step:g}"
-        return f"neumann(step={step}, max_steps={self.max_steps})"
+        return f"neumann(step={step}, max_steps={self.max_steps}, tol={self.tol:g})"
 
     def solve(self, matvec: Matvec, right: Params, damping: float) -> LinearSolution:
         """Solve (A + rho I) x = b by damped Richardson iteration (the same partial sums).

@@ -188,17 +188,20 @@ class NLL:
         return mean[:, 0]
 
 
+UNNAMED = "custom"
+
+
 @dataclass(frozen=True)
 class CustomObjective:
     """Any function of the model and preference pairs.
 
     Attributes:
         function: ``(model, pairs) -> (pairs,)`` tensor of values, higher is better, differentiable.
-        label: name for records.
+        label: name for records; tells it from another one where a search keeps its progress.
     """
 
     function: Callable[[nn.Module, Sequence[Pair]], Tensor]
-    label: str = "custom"
+    label: str = UNNAMED
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from u2a.bilevel.vectors import dot, norm, plus, scaled, unit, zeros_like
-from u2a.errors import NotConverged
+from u2a.errors import NonFiniteError, NotConverged
 from u2a.modeling import Params
 
 
@@ -61,10 +61,13 @@ class Diagonal:
 
         Raises:
             NotConverged: D + rho I is 0 where b is not.
+            NonFiniteError: an entry of D or of b is NaN or infinite.
         """
         out = {}
         for name, entry in self.entries.items():
             bottom, top = entry + damping, right[name].to(entry)
+            if not bool(bottom.isfinite().all() & top.isfinite().all()):
+                raise NonFiniteError(f"diagonal curvature at {name}", "solve")
             if bool(((bottom == 0) & (top != 0)).any()):
                 raise NotConverged("diagonal curvature: 0 where the gradient is not (set solve.damping above 0)")
             out[name] = torch.where(bottom > 0, top / bottom, 0.0)

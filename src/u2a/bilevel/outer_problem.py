@@ -30,6 +30,7 @@ class OuterProblem:
         probe: measured after every inner run (mean reward of the policy's own answers), for the record; None: nothing.
         clusters: cluster number of each candidate by id, for ``solve.clusters``; None where gains are not pooled.
         checkpoints: directory where a search keeps what it has found, so that it goes on after a stop; None: nowhere.
+            An objective around a function then needs a label of its own.
     """
 
     preference: tuple[Pair, ...]

@@ -57,9 +57,11 @@ class ExpectedReward:
 
     Attributes:
         draw: samples answers of the policy to each pair's prompt and scores them.
+        label: tells it from another one; a search that was stopped goes on only with an objective of equal label.
     """
 
     draw: Callable[[Policy, Sequence[Pair]], list[Drawn]]
+    label: str = ""
 
     @property
     def name(self) -> str:

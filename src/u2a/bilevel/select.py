@@ -318,24 +318,28 @@ def make_estimator(section: SolveSection) -> Estimator:
     return estimators[section.estimator]
 
 
-def decide(statistics: FoldStatistics, estimates: Tensor, fallback: str) -> Literal["none", "random_k", "empty"]:
+def decide(
+    statistics: FoldStatistics, estimates: Tensor, fallback: str, damage: float = 0.0
+) -> Literal["none", "random_k", "empty"]:
     """Say whether to rank, to draw at random, or to select nothing.
 
     Args:
         statistics: gains and their noise.
         estimates: (n,) what would be ranked by.
         fallback: ``random_k`` (draw where there is no signal) or ``none`` (rank whatever the noise).
+        damage: mean over the candidates of what the estimates subtract for the damage to the retain rows.
 
     Returns:
-        ``empty`` when nothing promises a gain: the mean gain is negative by over two standard errors where there
-        is no signal, or no estimate is positive where there is; ``random_k`` without signal; else ``none``. With
-        one fold nothing can be tested and the gains are ranked as they are.
+        ``empty`` when nothing promises a gain: the mean gain less the damage is negative by over two standard errors
+        where there is no signal (the damage does not rank by then), or no estimate is positive where there is;
+        ``random_k`` without signal; else ``none``. With one fold nothing can be tested and the gains are ranked as
+        they are.
     """
     if fallback == "none" or statistics.se is None:
         return "none" if bool((estimates > 0).any()) else "empty"
     if statistics.has_signal:
         return "none" if bool((estimates > 0).any()) else "empty"
-    clearly_harmful = statistics.mean_gain + 2.0 * (statistics.mean_gain_se or 0.0) < 0.0
+    clearly_harmful = statistics.mean_gain - damage + 2.0 * (statistics.mean_gain_se or 0.0) < 0.0
     return "empty" if clearly_harmful else "random_k"
 
 

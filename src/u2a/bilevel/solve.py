@@ -163,7 +163,7 @@ def _round(
     if not state.rounds:
         if on_scores:
             on_scores(gains.table)
-        choice = decide(gains.statistics, gains.estimates, outer.section.fallback)
+        choice = decide(gains.statistics, gains.estimates, outer.section.fallback, gains.damage)
         if choice != "none":
             return fallback_solution(inner, outer, gains, choice, most)
     gap = frank_wolfe_gap(state.weights, -gains.estimates) if bool(state.weights.any()) else None
@@ -212,6 +212,8 @@ class _Search:
     @property
     def id(self) -> str:
         """Hash of what the search depends on."""
+        if self.outer.checkpoints is None:
+            return ""  # nothing is kept
         return search_id(self.solver.policy, self.inner, self.outer)
 
     @property
@@ -362,7 +364,8 @@ def _judge(state: SearchState, value: float) -> bool:
 def _stop(state: SearchState, outer: OuterProblem, added: bool) -> None:
     """End the rounds when J has been stale for too long, no candidate was left to add, or they are used up."""
     if state.stale >= outer.section.patience:
-        state.ended("held-out J no longer rises (rolled back to the best round)")
+        judge = "J on the PA pairs" if state.start_heldout is None else "held-out J"
+        state.ended(f"{judge} no longer rises (rolled back to the best round)")
     elif not added:
         state.ended("no acceptable candidate")
     elif len(state.rounds) >= outer.section.rounds:

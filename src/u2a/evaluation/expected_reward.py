@@ -44,7 +44,7 @@ def sampled_reward(model: RewardModel, n_samples: int, max_new_tokens: int, seed
             for row in range(len(pairs))
         ]
 
-    return ExpectedReward(draw)
+    return ExpectedReward(draw, f"{model.name}, {n_samples} x {max_new_tokens} tokens, seed {seed}")
 
 
 @dataclass(frozen=True)

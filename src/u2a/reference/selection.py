@@ -77,7 +77,7 @@ def lowest_on_simplex(problem: QuadraticProblem, accuracy: float = 1e-7) -> tupl
     """
     n = len(problem.centres)
     resolution = 1
-    while math.comb(resolution + n, n - 1) <= _GRID_POINTS:
+    while n > 1 and math.comb(resolution + n, n - 1) <= _GRID_POINTS:
         resolution += 1
     weights, lowest = minimise_on_simplex(lambda point: -problem.value(point), n, resolution)
     step = 1.0 / resolution
