@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from u2a.arms import SOLUTION_ARM
-from u2a.checkpoint import save_folder
+from u2a.checkpoint import delete_saved, save_folder
 from u2a.config import SOURCES, DataSection, RunConfig
 from u2a.config_file import is_path
 from u2a.console import metric_names
@@ -27,6 +27,7 @@ from u2a.pipeline import Pipeline
 from u2a.record import write_whole
 from u2a.run_records import RunRecords
 from u2a.types import EvalTable, Metric
+from u2a.yaml_file import read_yaml
 
 # Values by themselves at the top of summary.json; "metrics" holds all of them with their intervals.
 SUMMARY_METRICS = ("preference_accuracy", "preference_margin", "reward", "retain_ppl")
@@ -91,7 +92,7 @@ def save_model(policy: Policy, records: RunRecords, folder: Path) -> Path:
         The directory.
     """
     config = records.config
-    base = str(Path(config.output_dir) / "base") if config.finetune.enabled else config.model.name_or_path
+    base = str((Path(config.output_dir) / "base").absolute()) if config.finetune.enabled else config.model.name_or_path
     card = model_card(records, base)
 
     def write(part: Path) -> None:
@@ -128,10 +129,56 @@ def save_result(pipeline: Pipeline, merged: bool = False) -> Path:
     """
     pipeline.unlearn_arm(SOLUTION_ARM)
     policy, folder = pipeline.policy, pipeline.dir
-    saved = save_model(policy, RunRecords.load(folder), folder / ("adapter" if policy.has_adapter else "model"))
+    saved, other = (folder / name for name in (("adapter", "model") if policy.has_adapter else ("model", "adapter")))
+    save_model(policy, RunRecords.load(folder), saved)
+    delete_saved(other)  # of an earlier solution
     if merged and pipeline.config.model.save_merged and policy.has_adapter:
         save_merged(policy, folder / "merged")
+    elif merged:
+        delete_saved(folder / "merged")
     return saved
+
+
+PAGES = ("report.html", "candidates.csv")
+NEUTRAL = {  # options that change no number
+    "": ("output_dir", "token_budget", "provenance"),
+    "model": ("device", "save_merged"),
+    "unlearn": ("report_to", "save_minutes", "save_steps"),
+    "evaluation": ("samples_shown",),
+}
+
+
+def begin(pipeline: Pipeline) -> None:
+    """Write ``partition.json`` and ``run.yaml``, from which everything that follows in the directory is made.
+
+    Where others stood there, the results made from them are removed, and records of earlier stages are left out of
+    reports until a stage finds them up to date: no page shows options beside numbers of other ones.
+
+    Args:
+        pipeline: the run.
+    """
+    config, folder, fingerprint = pipeline.config, pipeline.dir, pipeline.partition.fingerprint
+    path = folder / "run.yaml"
+    before = read_yaml(path)[0] if path.is_file() else None
+    if before is not None and _numbers(before) != _numbers(_tree(config, fingerprint)):
+        pipeline.store.doubt()
+        pipeline.store.remove("evaluation", "robustness", "summary")
+        for name in PAGES:
+            (folder / name).unlink(missing_ok=True)
+    pipeline.partition.save(folder / "partition.json")
+    write_run_yaml(config, path, fingerprint)
+
+
+def _numbers(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that change a number, and the fingerprint of the data."""
+    found = {name: value for name, value in tree.items() if name not in NEUTRAL[""]}
+    for name, neutral in NEUTRAL.items():
+        section = found.get(name)
+        if isinstance(section, Mapping):
+            found[name] = {option: value for option, value in section.items() if option not in neutral}
+    provenance = tree.get("provenance")
+    found["data"] = [found.get("data"), provenance.get("data_fingerprint") if isinstance(provenance, Mapping) else None]
+    return found
 
 
 def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
@@ -142,6 +189,10 @@ def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
         path: where to.
         fingerprint: of the partition.
     """
+    write_whole(path, yaml.safe_dump(_tree(config, fingerprint), sort_keys=False, allow_unicode=True))
+
+
+def _tree(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     sets = [item.model_copy(update={"path": _absolute_path(item.path)}) for item in config.evaluation.prompt_sets]
     evaluation = config.evaluation.model_copy(update={"prompt_sets": sets})
     changes = {"data": _absolute(config.data), "evaluation": evaluation}
@@ -154,7 +205,7 @@ def write_run_yaml(config: RunConfig, path: Path, fingerprint: str) -> None:
         "seed": config.seed,
         "data_fingerprint": fingerprint,
     }
-    write_whole(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return tree
 
 
 def versions() -> Mapping[str, str]:

@@ -124,6 +124,19 @@ def delete(folder: Path) -> None:
             disk.remove_tree(gone)
 
 
+def delete_saved(folder: Path) -> None:
+    """Remove a folder that is exactly what was saved there; anything else stays.
+
+    Args:
+        folder: the folder; it may be absent.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    with suppress(RecordError):
+        verify(folder)
+        delete(folder)
+
+
 def verify(folder: Path) -> None:
     """Check that a folder is exactly what was saved.
 

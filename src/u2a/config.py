@@ -54,6 +54,14 @@ class FieldMap(Section):
     weight: str = option("weight", "optional column of a non-negative weight")
     kind: str = option("kind", "optional column of a free label shown in tables")
 
+    @model_validator(mode="after")
+    def _distinct(self) -> FieldMap:
+        for names in (("prompt", "chosen", "rejected"), ("prompt", "completion")):
+            columns = [getattr(self, name) for name in names]
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"{', '.join(names)}: {columns} are not distinct columns")
+        return self
+
 
 class DataSection(Section):
     """Where the data are. A source is a path (.jsonl, .json, .csv, .parquet), or hub:OWNER/NAME[:SPLIT]."""

@@ -8,9 +8,10 @@ from transformers import AutoConfig
 
 from u2a.config import RunConfig
 from u2a.data import prompt_key
-from u2a.errors import ModelError
+from u2a.errors import ConfigError, ModelError
 from u2a.evaluation.arm import prompts_answered
 from u2a.evaluation.chat_endpoint import endpoint_key
+from u2a.named_content import MODEL_NAMES
 from u2a.packaged import check_installed
 from u2a.record import derive_seed, one_line
 from u2a.reward.analysis import split_reward_pairs
@@ -38,6 +39,23 @@ def check_early(config: RunConfig, sets: Partition) -> None:
     check_named_models(config)
     check_reward_pairs(config, sets)
     check_judge_key(config)
+
+
+def check_output_dir(config: RunConfig) -> None:
+    """Refuse a run in the folder of one of its models: the run's records would count as the model's files.
+
+    Args:
+        config: options.
+
+    Raises:
+        ConfigError: the option whose folder it is.
+    """
+    folder = Path(config.output_dir)
+    for section, names in MODEL_NAMES.items():
+        for name in names:
+            place = getattr(getattr(config, section), name)
+            if place and Path(place).is_dir() and folder.exists() and folder.samefile(place):
+                raise ConfigError(f"output_dir: {folder} is the folder of {section}.{name} (name another one)")
 
 
 def check_judge_key(config: RunConfig) -> None:

@@ -17,6 +17,12 @@ from u2a.record import content_id
 WHOLE_BYTES = 64 * 2**20  # larger files are sampled
 SAMPLES, SAMPLE_BYTES = 256, 64 * 2**10
 TENSOR_SAMPLES, TENSOR_SAMPLE_BYTES = 16, 16 * 2**10  # of every tensor; a smaller one is read whole
+MODEL_NAMES = {  # options that name a model
+    "model": ("name_or_path",),
+    "reward": ("name_or_path", "eval_name_or_path", "second_name_or_path"),
+    "solve": ("cluster_embedder",),
+    "evaluation": ("embedder",),
+}
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".gguf")
 
 
@@ -51,13 +57,7 @@ def with_lasting_names(config: RunConfig) -> RunConfig:
     Returns:
         The options with absolute paths for what lies in the file system; hub ids and packages are as they were.
     """
-    names = {
-        "model": ("name_or_path",),
-        "reward": ("name_or_path", "eval_name_or_path", "second_name_or_path"),
-        "solve": ("cluster_embedder",),
-        "evaluation": ("embedder",),
-        "robustness": ("paraphrases",),
-    }
+    names = MODEL_NAMES | {"robustness": ("paraphrases",)}
     changes = {}
     for section, options in names.items():
         old = getattr(config, section)

@@ -74,7 +74,7 @@ def partition(config: RunConfig, sources: Mapping[str, Source] | None = None, st
     result = build_partition(inputs, config.partition, config.seed, config.data.allow_leak)
     problems = shortages(result, config, stage)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([*problems, *left_out(result)])
     return result
 
 

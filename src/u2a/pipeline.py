@@ -91,7 +91,6 @@ class Pipeline:
         tell = self.console.result if self._only == "partition" else self.console.say
         cut = f"truncated  {self.n_truncated:>7} answers at data.max_length {self.config.data.max_length} tokens"
         tell("\n  ".join(["Partition", *describe(result), cut]))
-        result.save(self.dir / "partition.json")
         data = self.config.data
         held_out = {} if data.holdout is None else {"holdout": read_examples(data.holdout, data, False, "holdout")}
         found = examine(result, encoder, held_out, data.allow_leak)
@@ -144,7 +143,7 @@ class Pipeline:
 
     def _misaligned(self, policy: Policy) -> Policy:
         """Fine-tune on the mixture; the merged model is always read back, so that every start has the same one."""
-        folder, key = self.dir / "base", self.key("finetune")
+        folder, key = (self.dir / "base").absolute(), self.key("finetune")
         if self.store.is_done("finetune", key) and is_whole(folder):
             self.console.say("  misaligned start: read back")
         else:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from u2a.arms import arms_of
-from u2a.artifacts import save_model, save_result, write_run_yaml, write_summary
+from u2a.artifacts import begin, save_model, save_result, write_summary
 from u2a.batch_size import memory_for, told_to
 from u2a.candidates_csv import write_candidates
 from u2a.checkpoint import delete, refuse_foreign_directory, refuse_foreign_files
@@ -20,7 +20,7 @@ from u2a.config import PartitionSection, RunConfig
 from u2a.console import evaluation_table, reliability_text, samples_text, selection_text
 from u2a.content_hash import content_hash
 from u2a.data import Source
-from u2a.early_checks import check_relearning
+from u2a.early_checks import check_output_dir, check_relearning
 from u2a.errors import ConfigError, ModelError, Stopped
 from u2a.evaluation_stage import EvaluationStage
 from u2a.model_loading import pick_device
@@ -190,6 +190,7 @@ def finish(pipeline: Pipeline) -> Result:
 def _at_work(pipeline: Pipeline) -> Iterator[None]:
     """Work in the run's directory alone; a stop says what is saved there."""
     refuse_foreign_directory(pipeline.dir)
+    check_output_dir(pipeline.config)
     with locked(pipeline.dir, pipeline.console.say), told_to(pipeline.store.note_smaller_batches):
         sweep(pipeline.dir)
         try:
@@ -205,7 +206,7 @@ def _all_stages(pipeline: Pipeline) -> Result:
     config, console, folder = pipeline.config, pipeline.console, pipeline.dir
     evaluation = EvaluationStage(pipeline)  # reads and checks all data before any model is loaded
     pick_device(config.model.device)
-    write_run_yaml(config, folder / "run.yaml", pipeline.partition.fingerprint)
+    begin(pipeline)
     pipeline.rewards()
     solution = _solved(pipeline)
     for arm in arms_of(config):  # the solution first: its inner run is often the last one of the selection
@@ -268,7 +269,11 @@ def run_stage(config: RunConfig, stage: str, console: Console, attacked: bool = 
 
 def _one_stage(pipeline: Pipeline, stage: str) -> None:
     config, console = pipeline.config, pipeline.console
-    write_run_yaml(config, pipeline.dir / "run.yaml", pipeline.partition.fingerprint)
+    if stage in ("unlearn", "evaluate", "robustness"):  # outdated records are refused before anything is changed
+        pipeline.solution()
+    elif stage in ("score", "solve"):
+        pipeline.rewards()
+    begin(pipeline)
     if stage == "partition":
         return
     if stage == "reward":

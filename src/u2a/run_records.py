@@ -14,7 +14,7 @@ from u2a.config import RunConfig
 from u2a.config_file import all_options, load_config
 from u2a.console import FALLBACK_SENTENCES, number
 from u2a.errors import RecordError
-from u2a.record import Record
+from u2a.record import Record, one_line, refuse_foreign_link
 from u2a.robustness.records import RobustnessTable
 from u2a.shortages import count_prompts
 from u2a.solution import ScoreTable, Solution
@@ -71,14 +71,19 @@ class RunRecords:
         noted = read_yaml(folder / "run.yaml")[0]
         config = load_config(folder / "run.yaml")
         names = ["u2a", *config.evaluation.controls]
-        paths = [folder / f"unlearn_{name}.json" for name in names]
+        doubted = _doubted(folder)
+        paths = [folder / f"{name}.json" for arm in names if (name := f"unlearn_{arm}") not in doubted]
         arms = [UnlearnResult.load(path) for path in paths if path.exists()]
+
+        def load(kind: type[AnyRecord], name: str) -> AnyRecord | None:
+            return None if name in doubted else _load_if_there(kind, folder / f"{name}.json")
+
         return cls(
             config=config,
             partition=Partition.load(folder / "partition.json"),
-            rewards=None if config.reward.model == "none" else _load_if_there(RewardTable, folder / "rewards.json"),
-            scores=_load_if_there(ScoreTable, folder / "scores.json"),
-            solution=_load_if_there(Solution, folder / "solution.json"),
+            rewards=None if config.reward.model == "none" else load(RewardTable, "rewards"),
+            scores=load(ScoreTable, "scores"),
+            solution=load(Solution, "solution"),
             unlearn={record.arm: record for record in arms},
             evaluation=_load_if_there(EvalTable, folder / "evaluation.json"),
             robustness=_load_if_there(RobustnessTable, folder / "robustness.json"),
@@ -89,6 +94,18 @@ class RunRecords:
     def last_scores(self) -> ScoreTable | None:
         """The scoring by which the selection was made, or the first one when nothing was selected yet."""
         return self.solution.scores if self.solution else self.scores
+
+
+def _doubted(folder: Path) -> set[str]:
+    """Records of options that have changed since, and that no stage has found up to date again."""
+    path = folder / "stages.json"
+    refuse_foreign_link(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {name for name, entry in found.items() if entry.get("doubted")}
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        reason = one_line("; ".join(str(error).splitlines()))
+        raise RecordError(f"{path}: unreadable ({reason}); delete it to run every stage again") from None
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,9 @@ def score_files(model: str, files: Mapping[str, str], out: Path, config: RunConf
 
 def _refuse_output(out: Path, inputs: Mapping[str, str | None]) -> None:
     """Refuse a place where the scores cannot be written, or would replace what they are made from."""
-    folder = next(place for place in out.absolute().parents if place.exists())
     if out.is_dir():
         raise ConfigError(f"--out: {out} is a directory (name a file in it)")
+    folder = next(place for place in out.absolute().parents if place.exists())
     if not folder.is_dir():
         raise ConfigError(f"--out: {out} cannot be written, {folder} is a file (name another place)")
     if not os.access(folder, os.W_OK):

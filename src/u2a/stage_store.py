@@ -21,12 +21,17 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Entry(Row):
-    """What ``stages.json`` holds of one stage."""
+    """What ``stages.json`` holds of one stage.
+
+    Attributes:
+        doubted: the options have changed since it was last found up to date; a report leaves it out until it is again.
+    """
 
     key: str
     seconds: dict[str, Seconds]
     peak_rss_bytes: int
     batch_limits: dict[str, int] = {}
+    doubted: bool = False
 
 
 _STAGES = TypeAdapter(dict[str, _Entry])
@@ -120,9 +125,17 @@ class StageStore:
         """
         entry = self._stages().get(name)
         done = entry is not None and entry.key == key
-        if done:
+        if done and entry is not None:
             self._used[name] = None
+            if entry.doubted:
+                self._write(self._stages() | {name: entry.model_copy(update={"doubted": False})})
         return done
+
+    def doubt(self) -> None:
+        """Note that the options have changed: no record is shown as this run's until it is found up to date."""
+        stages = self._stages()
+        if stages:
+            self._write({name: entry.model_copy(update={"doubted": True}) for name, entry in stages.items()})
 
     def finished(self) -> list[str]:
         """Names of what is complete and saved, under whatever key.
@@ -151,8 +164,7 @@ class StageStore:
         limits = dict(self._batch_limits)
         entry = _Entry(key=key, seconds=seconds, peak_rss_bytes=peak_rss_bytes(), batch_limits=limits)
         self._used[name] = None
-        stages = self._stages() | {name: entry}
-        write_whole(self.folder / "stages.json", _STAGES.dump_json(stages, indent=1).decode() + "\n")
+        self._write(self._stages() | {name: entry})
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase of everything the present result rests on, in this process or an earlier one.
@@ -206,8 +218,7 @@ class StageStore:
         self._memory.pop(name, None)
         if name not in self._stages():
             return
-        left = {other: entry for other, entry in self._stages().items() if other != name}
-        write_whole(self.folder / "stages.json", _STAGES.dump_json(left, indent=1).decode() + "\n")
+        self._write({other: entry for other, entry in self._stages().items() if other != name})
 
     def remove(self, *names: str) -> None:
         """Remove records of what has changed since, with the pages made from them.
@@ -244,6 +255,9 @@ class StageStore:
     def _entries_used(self) -> list[_Entry]:
         stages = self._stages()
         return [stages[name] for name in self._used if name in stages]
+
+    def _write(self, stages: Mapping[str, _Entry]) -> None:
+        write_whole(self.folder / "stages.json", _STAGES.dump_json(dict(stages), indent=1).decode() + "\n")
 
     def _stages(self) -> dict[str, _Entry]:
         path = self.folder / "stages.json"

@@ -195,7 +195,9 @@ def test_configured_adjoint():
     )
     found = make_adjoint(section.model_copy(update={"curvature": "adam"}), run)
     assert isinstance(found, Implicit)
-    assert found.curvature == AdamMetric(batch_size=12, retain_batch_size=6, eps=1e-3, max_norm=1.0)  # the run's own steps
+    assert found.curvature == AdamMetric(
+        batch_size=12, retain_batch_size=6, eps=1e-3, max_norm=1.0
+    )  # the run's own steps
     assert make_adjoint(SolveSection(adjoint="identity"), UnlearnSection()) == Identity()
 
 

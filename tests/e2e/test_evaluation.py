@@ -276,8 +276,8 @@ def test_compare_bars_what_is_another_quantity_in_two_runs(tiny_config: Callable
 def test_the_default_holdout_is_of_the_candidates_kind(tiny_config: Callable[..., Path]) -> None:
     for share, answers in ((0.0, "rejected"), (1.0, "chosen")):
         config = load_config(tiny_config(partition={"mislabelled_frac": share}, evaluation={"forget_rows": 4}))
-        stage = EvaluationStage(Pipeline(config, Console(quiet=True)))
-        held_out = Partition.load(Path(config.output_dir) / "partition.json").evaluation
+        pipeline = Pipeline(config, Console(quiet=True))
+        stage, held_out = EvaluationStage(pipeline), pipeline.partition.evaluation
         assert sorted(row.completion for row in stage.holdout) == sorted(getattr(pair, answers) for pair in held_out)
 
 

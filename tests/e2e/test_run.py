@@ -476,6 +476,69 @@ def test_a_stage_alone_refuses_records_of_other_options(
         assert again.arms[arm]["preference_margin"].value == pytest.approx(expected, abs=1e-5), arm
 
 
+def test_a_report_never_shows_options_beside_results_of_other_ones(
+    finished: Path, tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    config, kept = (
+        str(tiny_config()),
+        ("run.yaml", "partition.json", "evaluation.json", "report.html", "candidates.csv"),
+    )
+    before = {name: (finished / name).read_bytes() for name in kept}
+    changed = ["--quiet", "--set", "unlearn.loss=ga", "--set", "seed=4"]
+    assert main(["evaluate", config, *changed]) == 2
+    assert {name: (finished / name).read_bytes() for name in kept} == before, "a refused command changes nothing"
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("u2a.run"), "_solved", lambda pipeline: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["run", config, *changed])  # ended after the options were written
+    records = RunRecords.load(finished)
+    assert records.config.seed == 4 and records.config.unlearn.loss == "ga"
+    assert records.solution is None and records.evaluation is None and records.unlearn == {}
+    assert not (finished / "report.html").exists() and not (finished / "candidates.csv").exists()
+    assert main(["report", str(finished), "--gate", "yes", "--quiet"]) != 0
+    for name in ("pipeline.solve", "evaluation_stage.evaluate_arm"):  # nothing was lost: the old options find all of it
+        monkeypatch.setattr(f"u2a.{name}", lambda *_, **__: pytest.fail("a finished stage was run again"))
+    assert main(["run", config, "--quiet"]) == 0
+    again = RunRecords.load(finished)
+    assert again.solution is not None and again.evaluation is not None and set(again.unlearn) == {"u2a", "random_k"}
+    assert (finished / "evaluation.json").read_bytes() == before["evaluation.json"]
+
+
+def test_a_look_at_other_data_takes_the_results_off_the_report(
+    finished: Path, tiny_config: Callable[..., Path]
+) -> None:
+    assert main(["partition", str(tiny_config()), "--quiet", "--set", "seed=3"]) == 0
+    records = RunRecords.load(finished)
+    assert records.evaluation is None and records.solution is None and records.config.seed == 3
+    assert main(["evaluate", str(tiny_config()), "--quiet"]) == 0
+    assert RunRecords.load(finished).solution is not None
+
+
+def test_results_of_an_earlier_solution_do_not_stay_beside_the_new_one(
+    tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config, run = str(tiny_config()), tmp_path / "run"
+    assert main(["run", config, "--quiet", "--set", "model.save_merged=true"]) == 0
+    assert (run / "merged").is_dir() and (run / "adapter").is_dir()
+    own = run / "model"  # not what a run saves there
+    own.mkdir()
+    (own / "mine.txt").write_text("mine")
+    assert main(["run", config, "--quiet", "--set", "unlearn.loss=ga"]) == 0
+    assert not (run / "merged").exists() and (own / "mine.txt").exists()
+    shutil.rmtree(own)
+    assert main(["run", config, "--quiet", "--set", "model.adapter.enabled=false"]) == 0
+    assert (run / "model").is_dir() and not (run / "adapter").exists()
+
+
+def test_a_run_in_the_folder_of_its_model_is_refused(tiny_config: Callable[..., Path], tmp_path: Path, capsys) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(load_config(tiny_config()).model.name_or_path, own)
+    words = ["run", str(tiny_config(model={"name_or_path": str(own)})), "--quiet", "--set", f"output_dir={own}"]
+    assert main(words) == 2
+    assert f"output_dir: {own} is the folder of model.name_or_path" in capsys.readouterr().err
+    assert not (own / "run.yaml").exists()
+
+
 def test_options_that_change_no_number_run_nothing_again(
     finished: Path, tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from u2a.evaluation.arm import ArmResult
+from u2a.evaluation.attack_success import MIN_COVERAGE
 from u2a.evaluation.judge import PairJudge, Preference
 from u2a.evaluation.win_rate import export_outputs, export_preferences, lc_win_rate_2term, win_rate
 from u2a.types import Metric
@@ -103,7 +104,8 @@ def win_rate_metrics(
         resampling: number and seed of bootstrap resamples.
 
     Returns:
-        ``win_rate`` and ``lc_win_rate_2term``, the judge and the coverage in their notes; empty without answers.
+        ``win_rate`` and ``lc_win_rate_2term``, the judge and the coverage in their notes; empty without answers. Below
+        ``MIN_COVERAGE`` both are withheld: which pairs a judge could not score is not by chance.
     """
     if not compared.preferences:
         return {}
@@ -111,6 +113,9 @@ def win_rate_metrics(
     lengths = {key: (len(arm.answers[key]), len(baseline.answers[key])) for key in compared.preferences}
     controlled = lc_win_rate_2term(compared.preferences, lengths, groups)
     note = f"over {baseline.name}, judge {compared.judge}, {plain.unscored} of {len(compared.preferences)} unscored"
+    if plain.coverage is not None and plain.coverage < MIN_COVERAGE:
+        note = f"withheld: coverage {plain.coverage:.3f} is below {MIN_COVERAGE}; {note}"
+        return {name: Metric(value=None, note=note) for name in ("win_rate", "lc_win_rate_2term")}
     warning = f"; {controlled.warning}" if controlled.warning else ""
     return {
         "win_rate": plain.rate.model_copy(update={"note": note}),

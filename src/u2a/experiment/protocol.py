@@ -269,6 +269,28 @@ def task_config(protocol: Protocol, task: str, seed: int, arm: str | None = None
     return config.model_copy(update={"evaluation": measurement(protocol)})
 
 
+def check_held_out(protocol: Protocol) -> None:
+    """Refuse tasks of which every seed would measure other prompts, before any cell is run.
+
+    Args:
+        protocol: the protocol.
+
+    Raises:
+        ConfigError: a task with several seeds cuts its evaluation pairs anew for each.
+    """
+    problems = []
+    for name in protocol.tasks:
+        config = task_config(protocol, name, 0)
+        several = any(len(protocol.seeds_of(arm, name)) > 1 for arm in protocol.arms if name in protocol.tasks_of(arm))
+        if several and config.data.evaluation is None and config.partition.held_out_seed is None:
+            problems.append(
+                f"tasks.{name}: partition.held_out_seed is not set, so every seed would measure other prompts, and no "
+                "table could be made of them (set it in the task's options, such as partition.held_out_seed=0)"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
 def measurement(protocol: Protocol) -> EvaluationSection:
     """Options of the evaluation at a full level, the same in every cell.
 

@@ -24,7 +24,7 @@ from u2a.experiment.claims import claimed
 from u2a.experiment.frozen import fix
 from u2a.experiment.methods import method
 from u2a.experiment.plan import Plan, Slot, State
-from u2a.experiment.protocol import Protocol, load_protocol
+from u2a.experiment.protocol import Protocol, check_held_out, load_protocol
 from u2a.experiment.setting import SettingRecord, Workplace, open_instruments, open_setting, prepare
 from u2a.progress import Console
 from u2a.signals import stopping, stops_on_signals
@@ -168,6 +168,7 @@ def run_experiment(path: str | Path, options: Options) -> Protocol:
         U2AError: a process failed. Errors of the protocol, the data and the models pass through.
     """
     protocol = load_protocol(path)
+    check_held_out(protocol)
     fixed = fix(protocol, options.new_protocol)
     console = Console(quiet=options.quiet)
     plan = Plan(protocol, options.only)
