@@ -78,6 +78,12 @@ def test_an_option_like_no_other_points_to_the_list() -> None:
     assert problems("qqqqq=1") == ["qqqqq: unknown option (u2a config --print lists them)"]
 
 
+@pytest.mark.parametrize("change", ["data.fields.rejected=prompt", "data.retain_fields.completion=prompt"])
+def test_two_fields_of_one_column_are_refused(change: str) -> None:
+    (problem,) = problems(change)
+    assert "are not distinct columns" in problem
+
+
 OUT_OF_RANGE = {
     "unlearn.npo_beta": [0, -1, ".nan", ".inf"],
     "unlearn.max_steps": [0, 1.5, "many"],
@@ -233,7 +239,7 @@ def test_data_paths_are_relative_to_the_file_hub_names_stay(tmp_path: Path) -> N
 
 def test_run_yaml_replays_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run writes loads as the very same options, though it lies elsewhere and carries its provenance."""
-    from u2a.run import write_run_yaml
+    from u2a.artifacts import write_run_yaml
 
     monkeypatch.chdir(tmp_path)
     yaml_file(tmp_path, "data: {pairs: 'p:1.jsonl'}\nunlearn: {loss: ga, max_steps: 7}\nmodel: {name_or_path: m}\n")

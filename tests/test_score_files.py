@@ -137,6 +137,11 @@ def test_a_place_for_the_scores_is_checked_first(
     assert len((tmp_path / "n.jsonl").read_text().splitlines()) == len(FORGET)
 
 
+def test_the_root_is_no_place_for_the_scores(tmp_path: Path, model: str, no_model: None, capsys) -> None:
+    assert command(tmp_path, model=model, out="/") == 2
+    assert "--out: / is a directory" in capsys.readouterr().err
+
+
 def test_a_failed_write_does_not_speak_of_a_run_that_goes_on(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,11 @@ def test_no_preference_pairs(tiny_config: Callable[..., Path], capsys: pytest.Ca
     assert "preference: no pairs" in run(tiny_config(partition=shares), capsys)
 
 
+def test_a_source_of_which_nothing_is_left_is_not_called_absent(tiny_config: Callable[..., Path], capsys) -> None:
+    message = run(tiny_config(partition={"max_retain_chars": 1}), capsys)
+    assert "retain: no rows" in message and "left out: " in message and "retain: too long" in message
+
+
 def test_model_without_chat_template(
     tiny_config: Callable[..., Path], tiny_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from scipy.special import expit
 from u2a.errors import ConfigError, DataError, NonFiniteError
 from u2a.evaluation.arm import ArmResult
 from u2a.evaluation.judge import Preference
-from u2a.evaluation.pairwise import rewards_over
+from u2a.evaluation.pairwise import Compared, rewards_over, win_rate_metrics
 from u2a.evaluation.win_rate import (
     RewardPairJudge,
     export_outputs,
@@ -25,10 +25,26 @@ from u2a.evaluation.win_rate import (
     win_rate,
 )
 from u2a.reward.base import CallableReward
+from u2a.types import Metric
 
 
 def preferred(values: Sequence[float | None]) -> dict[str, Preference]:
     return {f"r{n:04d}": Preference(value=value) for n, value in enumerate(values)}
+
+
+def test_win_rates_of_few_scored_pairs_are_withheld() -> None:
+    """The pairs that a judge could not score are no random part of all: here only equal answers were."""
+    names = [f"p{k}" for k in range(10)]
+    arm, start = (ArmResult(name=name, metrics={}, answers=dict.fromkeys(names, "a")) for name in ("after", "before"))
+
+    def rates(n_scored: int) -> dict[str, Metric]:
+        found = {name: Preference(value=0.5 if k < n_scored else None) for k, name in enumerate(names)}
+        return win_rate_metrics(Compared("judge", dict.fromkeys(names, "q"), found), arm, start, {}, (100, 0))
+
+    assert rates(10)["win_rate"].value == 50.0
+    for metric in rates(9).values():
+        assert metric.value is None and metric.values == {}
+        assert "withheld: coverage 0.900 is below 0.95" in metric.note and "1 of 10 unscored" in metric.note
 
 
 def test_win_rate_by_hand() -> None:

@@ -12,8 +12,9 @@ from small_experiment import write_experiment
 from u2a.errors import ConfigError, RecordError
 from u2a.experiment.estimates import BY_SEED, PROMPT_METRICS
 from u2a.experiment.frozen import fix, frozen, protocol_hash
-from u2a.experiment.protocol import load_protocol, task_config
+from u2a.experiment.protocol import check_held_out, load_protocol, task_config
 from u2a.experiment.protocol_sections import MetricName
+from u2a.experiment.runner import Options, run_experiment
 
 ARMS = {
     "a": {"method": "random_k"},
@@ -195,6 +196,21 @@ def test_bad_protocols_say_what_is_wrong(tmp_path: Path, case: str) -> None:
 def test_every_metric_of_an_experiment_can_be_declared() -> None:
     names = TypeAdapter(MetricName).json_schema()["enum"]
     assert sorted(names) == sorted([*PROMPT_METRICS, *BY_SEED])
+
+
+def test_seeds_that_would_measure_other_prompts_are_refused_before_any_cell(tmp_path: Path) -> None:
+    single = load_protocol(write_experiment(tmp_path, ARMS))
+    check_held_out(single)
+    several = changed(tmp_path / "protocol.yaml", set_in("seeds", value=[0, 1]))
+    with pytest.raises(ConfigError, match="tasks.tiny: partition.held_out_seed is not set"):
+        check_held_out(load_protocol(several))
+    with pytest.raises(ConfigError, match="held_out_seed"):
+        run_experiment(several, Options(quiet=True))
+    assert not (tmp_path / "out").exists()
+    tree = yaml.safe_load(several.read_text())
+    tree["tasks"]["tiny"]["set"] = ["partition.held_out_seed=0"]
+    several.write_text(yaml.safe_dump(tree))
+    check_held_out(load_protocol(several))
 
 
 def test_a_task_s_own_seeds_are_part_of_the_protocol(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from u2a.cli import main
 from u2a.errors import ConfigError
 from u2a.experiment import runner
 from u2a.experiment.cell import CellResult
+from u2a.experiment.claims import is_claimed
 from u2a.experiment.plan import Plan, Slot, slots
 from u2a.experiment.protocol import load_protocol
 from u2a.experiment.runner import Options, list_cells, run_experiment
@@ -243,7 +244,8 @@ def test_a_killed_experiment_goes_on_and_gives_the_same_results(tmp_path: Path) 
     run_experiment(path, QUIET)
     assert all(file.read_bytes() == text for file, text in before.items())
     assert len(results(tmp_path)) == len(ARMS)
-    assert list((tmp_path / "out" / "claims").iterdir()) == []
+    # killed right after a cell was saved it leaves a claim on what is done, which blocks nobody
+    assert not any(map(is_claimed, (tmp_path / "out" / "claims").iterdir()))
     at_once = tmp_path / "again"
     at_once.mkdir()
     run_experiment(write_experiment(at_once, ARMS), QUIET)
