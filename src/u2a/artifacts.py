@@ -20,6 +20,7 @@ from u2a.config import SOURCES, DataSection, RunConfig
 from u2a.config_file import is_path
 from u2a.console import metric_names
 from u2a.content_hash import content_hash
+from u2a.errors import ConfigError
 from u2a.model_card import model_card
 from u2a.model_loading import pick_device
 from u2a.modeling import Policy
@@ -159,14 +160,21 @@ def begin(pipeline: Pipeline) -> None:
     """
     config, folder, fingerprint = pipeline.config, pipeline.dir, pipeline.partition.fingerprint
     path = folder / "run.yaml"
-    before = read_yaml(path)[0] if path.is_file() else None
-    if before is not None and _numbers(before) != _numbers(_tree(config, fingerprint)):
+    if path.is_file() and _numbers_in(path) != _numbers(_tree(config, fingerprint)):
         pipeline.store.doubt()
         pipeline.store.remove("evaluation", "robustness", "summary")
         for name in PAGES:
             (folder / name).unlink(missing_ok=True)
     pipeline.partition.save(folder / "partition.json")
     write_run_yaml(config, path, fingerprint)
+
+
+def _numbers_in(path: Path) -> dict[str, Any] | None:
+    """The same of a ``run.yaml``; None where it cannot be read."""
+    try:
+        return _numbers(read_yaml(path)[0])
+    except ConfigError:
+        return None
 
 
 def _numbers(tree: Mapping[str, Any]) -> dict[str, Any]:

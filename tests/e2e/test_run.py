@@ -507,6 +507,8 @@ def test_a_report_never_shows_options_beside_results_of_other_ones(
 def test_a_look_at_other_data_takes_the_results_off_the_report(
     finished: Path, tiny_config: Callable[..., Path]
 ) -> None:
+    assert main(["partition", str(tiny_config()), "--quiet", "--set", "token_budget=333"]) == 0
+    assert RunRecords.load(finished).evaluation is not None, "the same data, and options that change no number"
     assert main(["partition", str(tiny_config()), "--quiet", "--set", "seed=3"]) == 0
     records = RunRecords.load(finished)
     assert records.evaluation is None and records.solution is None and records.config.seed == 3
