@@ -144,7 +144,7 @@ def test_a_damaged_file_is_one_clear_error(made: Path, tmp_path: Path, old: str 
     assert main(["experiment", str(path), "--tables", "--out", str(tmp_path / "tables")]) == 2
 
 
-@pytest.mark.parametrize("name", ["bases", "tasks", "pairs", "policy-gradients", "ablation", "third"])
+@pytest.mark.parametrize("name", ["bases", "tasks", "pairs", "policy-gradients", "ablation", "third", "threshold"])
 def test_the_committed_tables_are_those_of_the_committed_cells(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
