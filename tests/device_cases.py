@@ -84,7 +84,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "hessian": {"adjoint": "implicit", "curvature": "hessian", "scorer": "jvp"},
     "gauss_newton": {"adjoint": "implicit", "curvature": "gauss_newton", "damping": 1.0, "folds": 1},
     "fisher": {"adjoint": "implicit", "curvature": "fisher"},
-    "adam": {"adjoint": "implicit", "curvature": "adam"},
+    "adam": {"adjoint": "implicit", "curvature": "adam", "damping": 0.1},
     "unrolled": {"refine_adjoint": "unrolled"},
     "variance": {"pair_clip": 0.8, "remove_common": True, "damage_weight": 0.5},
     "dpo": {"objective": "dpo"},

@@ -263,8 +263,8 @@ def test_neumann_counts_the_products_of_its_step():
         calls.clear()
         assert solver.solve(counted, draw(15), 0.1).status.steps == len(calls)
     assert [Neumann().name, Neumann(0.1).name] == [
-        "neumann(step=auto, max_steps=50)",
-        "neumann(step=0.1, max_steps=50)",
+        "neumann(step=auto, max_steps=50, tol=0.01)",
+        "neumann(step=0.1, max_steps=50, tol=0.01)",
     ]
 
 

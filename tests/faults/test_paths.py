@@ -136,7 +136,11 @@ def test_records_that_are_links_are_neither_followed_nor_overwritten(
     for name in ("partition.json", "run.yaml", "stages.json", "metrics.jsonl"):
         (tmp_path / f"mine {name}").write_text("{}")
         (run / name).symlink_to(tmp_path / f"mine {name}")
+    assert main(["partition", str(config("run")), "--quiet"]) == 2
+    assert "stages.json: a link out of its folder" in capsys.readouterr().err
+    (run / "stages.json").unlink()
     assert main(["partition", str(config("run")), "--quiet"]) == 0
+    (run / "stages.json").symlink_to(tmp_path / "mine stages.json")
     assert not (run / "partition.json").is_symlink() and not (run / "run.yaml").is_symlink(), "replaced, not followed"
     store = StageStore(run, Console(quiet=True))
     for use in (lambda: store.is_done("x", "k"), lambda: store.mark("x", "k", {}), lambda: store.log("event", {})):
