@@ -28,6 +28,7 @@ from u2a.evaluation.generation import generate
 from u2a.evaluation.judge import Judge, PairJudge
 from u2a.evaluation.membership import check_holdout
 from u2a.evaluation.pairwise import (
+    clear_alpaca_eval,
     export_alpaca_eval,
     preferences_over,
     rewards_over,
@@ -164,6 +165,7 @@ class EvaluationStage:
                 result = self._arm(arm, section.equal_ppl_frac)
                 arms[result.name] = result
         arms = with_privleak(arms)
+        clear_alpaca_eval(pipeline.dir / "alpaca_eval")
         arms = {name: self._with_win_rates(arm, arms["before"]) for name, arm in arms.items()}
         cards = tuple(card for _, card in self._rewards)
         table = build_table(arms, pipeline.partition, section, self._config.seed, cards, solution)

@@ -120,6 +120,13 @@ def test_rewards_give_win_rates_and_files_for_alpaca_eval(tiny_config: Callable[
     assert table.arms["after"]["win_rate"].value == pytest.approx(expected)
     outputs = json.loads((tmp_path / "run" / "alpaca_eval" / "after.outputs.json").read_text())
     assert sorted(row["output"] for row in outputs) == sorted(after.answers.values())
+    mine = tmp_path / "run" / "alpaca_eval" / "notes.json"
+    mine.write_text("{}")
+    for name in ("before", "after", "random_k"):
+        arm = ArmResult.load(tmp_path / "run" / "arms" / f"{name}.json")
+        arm.model_copy(update={"rewards": {}}).save(tmp_path / "run" / "arms" / f"{name}.json")
+    EvaluationStage(Pipeline(load_config(tiny_config(reward=reward)), Console(quiet=True))).table()
+    assert list(mine.parent.iterdir()) == [mine], "nothing of an earlier evaluation stays"
 
 
 def test_answers_are_not_made_twice(

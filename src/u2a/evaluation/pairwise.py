@@ -142,3 +142,14 @@ def export_alpaca_eval(folder: Path, compared: Compared, arm: ArmResult, baselin
     export_preferences(
         folder / f"{arm.name}.annotations.json", asked, (arm.name, ours), (baseline.name, theirs), judged
     )
+
+
+def clear_alpaca_eval(folder: Path) -> None:
+    """Remove what :func:`export_alpaca_eval` wrote before: answers of another solution, and arms that are no more.
+
+    Args:
+        folder: where it went; anything else in it stays.
+    """
+    for ending in ("outputs", "annotations"):
+        for path in folder.glob(f"*.{ending}.json"):
+            path.unlink()
