@@ -325,6 +325,11 @@ def test_the_retain_option_is_named():
     assert problem.endswith("(set data.retain_fields.completion=completions)")
 
 
+def test_what_is_no_source_is_refused():
+    with pytest.raises(DataError, match="pairs: a int, expected a path, or rows as dicts"):
+        read_rows(5, "pairs")  # type: ignore[arg-type]
+
+
 def test_a_dataset_with_splits_is_refused():
     assert "choose one split of: train, test" in problems_of({"train": [PAIR], "test": [PAIR]})[0]
     assert problems_of(["text"])[0].startswith("pairs[0]: row: a str")

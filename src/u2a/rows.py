@@ -69,6 +69,8 @@ def read_rows(source: Source, name: str = "rows") -> list[RawRow]:
     if isinstance(source, Mapping):
         keys = ", ".join(map(str, source))
         raise DataError(f"{name}: a {type(source).__name__}, expected rows (choose one split of: {keys})")
+    if not isinstance(source, str | Path | Iterable):
+        raise DataError(f"{name}: a {type(source).__name__}, expected a path, or rows as dicts")
     if isinstance(source, str | Path):
         name = one_line(str(source), most=4096)
         rows = _from_hub(name, problems) if name.startswith("hub:") else _from_file(Path(source), name, problems)
